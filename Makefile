@@ -1,0 +1,47 @@
+# make help lists the targets.
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+# -qq: pip's errors only; these installations succeed in silence.
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lint vulkan clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@echo 'variables:    PYTHON=python3.11 (the interpreter of a new .venv), ARGS="…" (passed on by run and test)'
+
+run: $(VENV)/.installed vulkan ## set up what is missing, then train π0 with π-StepNFT on PickCube-v1
+	$(BIN)/python algos/stepnft_pi0.py --env-id PickCube-v1 $(ARGS)
+
+test: $(VENV)/.installed-test vulkan ## set up what is missing, then run the fast tests (slow ones: ARGS="-m slow")
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-test ## check the code with ruff
+	$(BIN)/ruff check .
+
+vulkan: $(VENV)/.installed ## install a software Vulkan driver if there is none that works
+	@PYTHON=$(BIN)/python bash scripts/setup_vulkan.sh
+
+clean: ## remove the virtual environment and caches (never runs/ or videos/)
+	rm -rf $(VENV) *.egg-info build .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c '' 2>/dev/null || { echo "$(PYTHON) does not run; name a Python 3.10 to 3.12: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 10) <= v <= (3, 12) and \
+	    "$(PYTHON) is Python %d.%d, and 3.10 to 3.12 is needed: make $(MAKECMDGOALS) PYTHON=python3.11" % v)'
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	    { echo "$(PYTHON) lacks the venv module (Debian, Ubuntu: sudo apt-get install python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing the dependencies into $(VENV) (minutes, gigabytes; once)"
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	@$(PIP) -e '.[test,track]'
+	@touch $@

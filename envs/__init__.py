@@ -1,0 +1,68 @@
+"""Simulators as gymnasium vector environments over action chunks: `envs.make(env_id, num_envs, …)`."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from envs.spec import EnvError, EnvSpec
+
+__all__ = ["EVAL_SEED", "EnvError", "EnvSpec", "make"]
+
+EVAL_SEED = 1_000_000_000
+"""Evaluation episodes use seeds from here on; training and demonstrations use smaller ones, so the two never meet."""
+
+
+def make(
+    env_id: str,
+    num_envs: int,
+    *,
+    obs_mode: str = "rgb",
+    seed: int = 0,
+    chunk: int = 8,
+    num_workers: int | None = None,
+    backend: str = "auto",
+    observe_terminal: bool = True,
+    **spec: Any,
+):
+    """A `gymnasium.vector.VectorEnv` over action chunks (see `envs.pool.ChunkVecEnv` for shapes and semantics).
+
+    env_id: any ManiSkill task that needs no download, or whose assets are there.
+    num_envs: how many environments run side by side.
+    obs_mode: "rgb" (camera images; the state holds proprioception and task extras such as the goal position) or "state"
+        (no images; the state also holds object poses).
+    seed: of the generator that draws episode seeds when `reset` is given none.
+    chunk: actions per step in the action space; `step` takes any number up to the episode limit.
+    num_workers: processes on the CPU back end (default: one per core, at most num_envs).
+    backend: "cpu" (a pool of processes), "cuda" (one batched simulation on the GPU), or "auto": cuda where there is one.
+    observe_terminal: observe (and render) the state after success too; learners without a critic can save that.
+    spec: further fields of `EnvSpec` (image_size, control_mode, reward_mode, max_episode_steps, camera, …).
+
+    Raises EnvError with one line for everything that is wrong with these, the task, or the graphics driver.
+    """
+    if num_envs < 1 or chunk < 1 or (num_workers is not None and num_workers < 1):
+        raise EnvError(f"num_envs, chunk and num_workers must be at least 1, got {num_envs}, {chunk}, {num_workers}")
+    if obs_mode not in ("rgb", "state"):
+        raise EnvError(f"obs_mode must be 'rgb' or 'state', got {obs_mode!r}")
+    if backend not in ("auto", "cpu", "cuda"):
+        raise EnvError(f"backend must be 'auto', 'cpu' or 'cuda', got {backend!r}")
+    from envs import maniskill
+
+    if obs_mode == "rgb":
+        spec.setdefault("camera", maniskill.Camera())
+    try:
+        spec = EnvSpec(env_id, obs_mode=obs_mode, **spec)
+    except TypeError as error:
+        raise EnvError(f"unknown environment option: {error}") from None
+    maniskill.check(env_id)
+    import torch
+
+    if backend == "cuda" or (backend == "auto" and torch.cuda.is_available()):
+        from envs.maniskill_cuda import CudaVecEnv
+
+        return CudaVecEnv(spec, num_envs, chunk=chunk, seed=seed)
+    from envs.pool import ChunkVecEnv
+
+    return ChunkVecEnv(
+        spec, num_envs, num_workers or os.cpu_count() or 1, chunk=chunk, seed=seed, observe_terminal=observe_terminal
+    )

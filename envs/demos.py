@@ -1,0 +1,134 @@
+"""Demonstrations: scripted experts acting in the real simulator, written to one HDF5 file.
+
+File format (`FORMAT`): attributes `format`, `env_id`, `obs_mode`, `control_mode`, `image_size`, `instruction`, `noise`; one group
+`episode_<i>` per successful episode with
+
+    image   uint8   (T, cameras, H, W, 3)  what the policy saw before each action (no cameras in obs_mode "state")
+    state   float32 (T, S)                 its state vector
+    action  float32 (T, A)                 the expert's clean action in [-1, 1]
+    objects float32 (T, objects, 3)        where the movable objects are, m (privileged: for pre-training perception, not for acting)
+
+and attributes `seed`, `steps`. Episodes that fail are not written.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+from tqdm import tqdm
+
+from envs.spec import EnvError
+
+FORMAT = "pi-stepnft-demos-1"
+ARRAYS = ("image", "state", "action", "objects")
+DEMO_SEED = 500_000_000
+"""Demonstrations use seeds from here on, apart from training's and evaluation's."""
+
+
+@dataclass
+class Demos:
+    """Episodes in memory, one after the other: arrays as in the file with N rows; start (E,) is the first row of each episode."""
+
+    image: np.ndarray
+    state: np.ndarray
+    action: np.ndarray
+    objects: np.ndarray
+    start: np.ndarray
+    attrs: dict
+
+    def chunks(self, horizon: int) -> np.ndarray:
+        """(N, horizon, A): the actions from each step on. Past an episode's end the arm rests and the gripper stays as it was."""
+        ends = np.append(self.start[1:], len(self.action))
+        last = np.repeat(ends - 1, np.diff(np.append(self.start, len(self.action))))  # (N,) last row of each row's episode
+        index = np.arange(len(self.action))[:, None] + np.arange(horizon)
+        chunks = self.action[np.minimum(index, last[:, None])]
+        chunks[index > last[:, None], :-1] = 0.0
+        return chunks
+
+
+def demonstrate(env, seed: int, noise: float) -> dict | None:
+    """One episode of the scripted expert in `env` (a ManiSkillEnv); None if it fails.
+
+    `noise` is the standard deviation of Gaussian noise on the executed translation, relative to that translation: large on the
+    way, none at rest, where a task may ask the robot to be still. The recorded action is the clean one, so the policy sees states
+    off the expert's path together with the way back.
+    """
+    from envs import experts
+
+    try:
+        expert = experts.make(env.spec.env_id)(env.base)
+    except ValueError as error:
+        raise EnvError(str(error)) from None
+    rng = np.random.default_rng(seed)
+    env.reset(seed)
+    expert.reset()
+    image = np.zeros((len(env.cameras), *(2 * [env.spec.image_size]), 3), np.uint8)
+    state = np.zeros(env.state_dim, np.float32)
+    rows: dict[str, list] = {name: [] for name in ARRAYS}
+    truncated = False
+    while not (env.success or truncated):
+        env.observe(image, state)
+        action = np.clip(expert.act(), -1, 1)
+        for name, value in zip(ARRAYS, (image, state, action, env.object_positions()), strict=True):
+            rows[name].append(np.array(value))
+        executed = action.copy()
+        executed[:3] += noise * np.abs(action[:3]).max() * rng.standard_normal(3)
+        _, _, truncated, _ = env.step(executed[None])
+    return {name: np.stack(values) for name, values in rows.items()} | {"seed": seed} if env.success else None
+
+
+def collect(path: str | Path, venv, count: int, *, noise: float = 0.0, first_seed: int = DEMO_SEED, progress: bool = True) -> Demos:
+    """Write `count` successful episodes of the task's expert to `path` and read them back.
+
+    venv: an `envs.pool.ChunkVecEnv`, whose workers run the experts. The file appears when it is complete, never half-written.
+    Raises EnvError if there is no expert for the task, or it fails more than half the time.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".part")
+    spec = venv.spec
+    done, tried = 0, 0
+    with h5py.File(temporary, "w") as file, tqdm(total=count, desc="demonstrations", disable=not progress) as bar:
+        file.attrs.update(
+            format=FORMAT, env_id=spec.env_id, obs_mode=spec.obs_mode, control_mode=spec.control_mode,
+            image_size=spec.image_size, instruction=venv.instruction, noise=noise,
+        )  # fmt: skip
+        while done < count:
+            seeds = range(first_seed + tried, first_seed + tried + count - done)
+            for episode in venv.demonstrate([dict(seed=seed, noise=noise) for seed in seeds]):
+                tried += 1
+                if episode is None:
+                    continue
+                group = file.create_group(f"episode_{done}")
+                group.attrs.update(seed=episode["seed"], steps=len(episode["action"]))
+                for name in ARRAYS:
+                    group.create_dataset(name, data=episode[name], compression="lzf" if name == "image" else None)
+                done += 1
+                bar.update()
+            if tried >= 2 * max(count, 10) and done < count:
+                raise EnvError(f"the expert for {spec.env_id} solved only {done} of {tried} episodes")
+    os.replace(temporary, path)
+    return read(path)
+
+
+def read(path: str | Path) -> Demos:
+    """Read one demonstration file. Raises EnvError, naming what is missing, if it is not one."""
+    path = Path(path)
+    try:
+        with h5py.File(path) as file:
+            if file.attrs.get("format") != FORMAT:
+                raise EnvError(f"{path} is not a demonstration file: its attribute 'format' is not {FORMAT!r}")
+            groups = [file[f"episode_{i}"] for i in range(len(file))]
+            if not groups:
+                raise EnvError(f"{path} holds no episodes")
+            columns = {name: np.concatenate([g[name][:] for g in groups]) for name in ARRAYS}
+            lengths = [len(g["action"]) for g in groups]
+            return Demos(**columns, start=np.cumsum([0, *lengths[:-1]]), attrs=dict(file.attrs))
+    except FileNotFoundError:
+        raise EnvError(f"no demonstration file at {path}") from None
+    except (OSError, KeyError) as error:
+        raise EnvError(f"{path} cannot be read as a demonstration file: {error}") from None

@@ -1,0 +1,229 @@
+"""ManiSkill tasks as chunked environments: one CPU scene (`ManiSkillEnv`) or one batched CUDA simulation (`ManiSkillCudaVecEnv`)."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from dataclasses import dataclass
+
+import gymnasium as gym
+import numpy as np
+import torch
+
+from envs import vulkan
+from envs.spec import EnvError, EnvSpec
+
+INSTRUCTIONS = {
+    "PickCube-v1": "pick up the red cube and move it to the goal",
+    "PushCube-v1": "push the cube to the goal region",
+    "PullCube-v1": "pull the cube to the goal region",
+    "StackCube-v1": "stack the red cube on the green cube",
+    "LiftPegUpright-v1": "lift the peg upright",
+    "PlaceSphere-v1": "place the sphere into the bin",
+}
+"""Language instruction per task; other tasks get their id spelled out ("PokeCube-v1" → "poke cube")."""
+
+
+@dataclass(frozen=True)
+class Camera:
+    """A fixed base camera. Eye and target in metres in the world frame (robot base at x = −0.615), vertical field of view in rad.
+
+    The default looks at the work area from the front and above, so closely that a 4 cm cube is 9 px wide in a 96 px picture; in
+    ManiSkill's own view (fov π/2) it is 3 px.
+    """
+
+    eye: tuple[float, float, float] = (0.55, 0.0, 0.42)
+    target: tuple[float, float, float] = (0.0, 0.0, 0.08)
+    fov: float = 0.6
+
+
+def instruction(env_id: str) -> str:
+    """The language instruction of a task."""
+    if env_id in INSTRUCTIONS:
+        return INSTRUCTIONS[env_id]
+    name = env_id.rsplit("-", 1)[0]
+    return "".join(f" {c.lower()}" if c.isupper() else c for c in name).strip()
+
+
+@functools.cache
+def _registry():
+    """ManiSkill's task registry. Imports SAPIEN, so the driver must be chosen first."""
+    vulkan.ensure_driver()
+    import mani_skill.envs  # noqa: F401 (registers the tasks)
+    from mani_skill.utils import assets
+    from mani_skill.utils.registration import REGISTERED_ENVS
+
+    return REGISTERED_ENVS, assets
+
+
+def check(env_id: str, control_mode: str | None = None) -> None:
+    """Raise EnvError, in one line, for an id that ManiSkill does not know or whose assets are not on this machine."""
+    registered, assets = _registry()
+    if env_id not in registered:
+        near = difflib.get_close_matches(env_id, registered, n=3)
+        raise EnvError(
+            f"unknown environment id {env_id!r}: not a ManiSkill task" + (f"; did you mean {', '.join(near)}?" if near else "")
+        )
+    sources = []
+    for asset in registered[env_id].asset_download_ids or []:
+        sources += assets.expand_data_group_into_individual_data_source_ids(asset) if asset in assets.DATA_GROUPS else [asset]
+    missing = [s for s in sources if not assets.is_data_source_downloaded(s)]
+    if missing:
+        raise EnvError(
+            f"{env_id} needs {len(missing)} asset(s) that are not on this machine; download them with: "
+            f"python -m mani_skill.utils.download_asset {env_id}"
+        )
+
+
+def _make(spec: EnvSpec, num_envs: int, backend: str) -> gym.Env:
+    """The plain ManiSkill environment behind a spec; `backend` is "cpu" or "cuda"."""
+    check(spec.env_id)
+    from mani_skill.utils import sapien_utils
+
+    from envs.meshes import light_meshes
+
+    kwargs = dict(
+        num_envs=num_envs,
+        obs_mode=spec.obs_mode,
+        control_mode=spec.control_mode,
+        reward_mode=spec.reward_mode,
+        sim_backend=f"physx_{backend}",
+        render_backend="cpu" if backend == "cpu" else "gpu",
+        render_mode="rgb_array",
+        human_render_camera_configs=dict(width=spec.video_size, height=spec.video_size),
+    )
+    if spec.obs_mode == "rgb":
+        size = dict(width=spec.image_size, height=spec.image_size)
+        kwargs["sensor_configs"] = dict(size)
+        if spec.camera is not None:
+            pose = sapien_utils.look_at(spec.camera.eye, spec.camera.target)
+            kwargs["sensor_configs"]["base_camera"] = dict(size, pose=pose, fov=spec.camera.fov)
+    kwargs.update(spec.kwargs)
+    try:
+        # Rendering on a GPU does not mind triangles; there the meshes stay as they are.
+        with light_meshes(spec.mesh_keep if backend == "cpu" else 1.0):
+            env = gym.make(spec.env_id, disable_env_checker=True, **kwargs)
+    except RuntimeError as error:
+        if any(word in str(error) for word in ("ulkan", "rendering device", "render device", "Renderer")):
+            raise EnvError(vulkan.no_driver_message()) from error
+        raise EnvError(f"{spec.env_id} could not be created: {str(error).splitlines()[0]}") from error
+    except (KeyError, NotImplementedError, AssertionError, TypeError) as error:
+        raise EnvError(f"{spec.env_id} could not be created with {spec.control_mode=}, {spec.reward_mode=}: {error}") from error
+    return env
+
+
+def episode_limit(spec: EnvSpec) -> int:
+    """Steps after which an episode is cut off: the spec's own, or the task's registered limit."""
+    limit = spec.max_episode_steps or _registry()[0][spec.env_id].max_episode_steps
+    if limit is None:
+        raise EnvError(f"{spec.env_id} has no episode limit of its own: give max_episode_steps")
+    return limit
+
+
+def _flatten(tree) -> torch.Tensor:
+    """Concatenate the leaves of a nested dict of (B, …) tensors, in order, to (B, S) float32."""
+    if isinstance(tree, dict):
+        return torch.cat([_flatten(v) for v in tree.values()], dim=1) if tree else torch.zeros(1, 0)
+    return torch.as_tensor(tree).reshape(len(tree), -1).float()
+
+
+class ManiSkillEnv:
+    """One ManiSkill scene on the CPU, stepped by action chunks.
+
+    Between the actions of a chunk it builds no observation, no reward (in the sparse mode) and no picture; success is checked
+    after every action, so none is missed. Everything runs in inference mode, which also covers construction.
+    """
+
+    def __init__(self, spec: EnvSpec):
+        from envs import fast_control
+
+        self.spec = spec
+        self.max_episode_steps = episode_limit(spec)
+        self.instruction = instruction(spec.env_id)
+        with torch.inference_mode():
+            self.env = _make(spec, 1, "cpu")
+            self.base = self.env.unwrapped
+            self._set_action = fast_control.make_set_action(self.base.agent) if spec.fast_control else None
+            if spec.fast_control and (is_grasping := fast_control.make_is_grasping(self.base.agent)):
+                self.base.agent.is_grasping = is_grasping
+            self.action_dim = int(self.base.single_action_space.shape[0])
+            self.reset(0)
+            self.cameras = tuple(self.base.scene.sensors) if spec.obs_mode == "rgb" else ()
+            self.state_dim = self._state().shape[1]
+
+    def reset(self, seed: int) -> None:
+        """Start the episode that belongs to `seed`: the same seed gives the same initial state."""
+        with torch.inference_mode():
+            obs_mode, self.base._obs_mode = self.base._obs_mode, "none"  # nobody reads this observation: do not render it
+            try:
+                self.base.reset(seed=int(seed))
+            finally:
+                self.base._obs_mode = obs_mode
+            self.info = self.base.get_info()
+        self.steps = 0
+        self.success = False
+
+    def step(self, chunk: np.ndarray) -> tuple[float, bool, bool, int]:
+        """Execute up to n actions (n, A); stop at success, failure or the limit. Returns (reward, terminated, truncated, steps)."""
+        reward, terminated, before = 0.0, False, self.steps
+        with torch.inference_mode():
+            for action in chunk:
+                self._control_step(action)
+                self.steps += 1
+                self.info = self.base.get_info()
+                self.success = bool(self.info.get("success", False))
+                terminated = self.success or bool(self.info.get("fail", False))
+                reward += self._reward(action)
+                if terminated or self.steps >= self.max_episode_steps:
+                    break
+        return reward, terminated, not terminated and self.steps >= self.max_episode_steps, self.steps - before
+
+    def _control_step(self, action: np.ndarray) -> None:
+        """One control period: set the action's targets, then step the physics."""
+        base = self.base
+        if self._set_action is None:
+            base._step_action(action)
+        else:
+            self._set_action(action)
+            base._before_control_step()
+            for _ in range(base._sim_steps_per_control):
+                base._before_simulation_step()
+                base.scene.step()
+                base._after_simulation_step()
+            base._after_control_step()
+        base._elapsed_steps += 1
+
+    def _reward(self, action: np.ndarray) -> float:
+        if self.spec.reward_mode == "sparse":
+            return float(self.success)
+        if self.spec.reward_mode == "none":
+            return 0.0
+        base = self.base
+        obs = base.get_obs(self.info, unflattened=True)
+        return float(base.get_reward(obs=obs, action=torch.as_tensor(action)[None], info=self.info)[0])
+
+    def _state(self) -> torch.Tensor:
+        """(1, S): proprioception and task extras; with object poses only in obs_mode "state"."""
+        base = self.base
+        return torch.cat([_flatten(base._get_obs_agent()), _flatten(base._get_obs_extra(self.info))], dim=1)
+
+    def observe(self, image: np.ndarray, state: np.ndarray) -> None:
+        """Write the current observation into `image` uint8 (cameras, H, W, 3) and `state` float32 (S,)."""
+        with torch.inference_mode():
+            state[:] = self._state()[0].numpy()
+            if self.cameras:
+                for i, data in enumerate(self.base._get_obs_sensor_data().values()):
+                    image[i] = data["rgb"][0].numpy()
+
+    def object_positions(self) -> np.ndarray:
+        """World positions (objects, 3) float32, m, of everything that can be moved, in the order of the task's scene."""
+        movable = [actor for actor in self.base.scene.actors.values() if actor.px_body_type == "dynamic"]
+        return np.array([actor._objs[0].pose.p for actor in movable], np.float32).reshape(-1, 3)
+
+    def render(self) -> np.ndarray:
+        """A picture for people (H, W, 3) uint8, from the task's render camera, with the goal visible."""
+        with torch.inference_mode():
+            return self.base.render_rgb_array()[0].numpy()
+
+    def close(self) -> None:
+        self.env.close()

@@ -1,0 +1,300 @@
+"""`ChunkVecEnv`: a gymnasium VectorEnv over action chunks, on a pool of worker processes."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Iterable, Iterator
+from multiprocessing.connection import Connection, wait
+from multiprocessing.shared_memory import SharedMemory
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+from envs.spec import EnvError, EnvSpec
+
+MAX_RESTARTS = 3
+"""How many dead workers a pool replaces before it gives up."""
+
+
+# ---------------------------------------------------------------------------------------------------------- the worker's side
+
+
+def _worker(pipe: Connection, spec: EnvSpec, count: int, threads: int) -> None:
+    """Build `count` environments, then serve commands until told to close. Arrays travel through shared memory."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it closes the workers
+    try:
+        _serve(pipe, spec, count, threads)
+    except EnvError as error:
+        pipe.send(("error", str(error)))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass  # the parent is gone
+    except BaseException as error:  # a bug: show where, and tell the parent in one line
+        traceback.print_exc()
+        pipe.send(("error", f"an environment worker failed: {type(error).__name__}: {error}"))
+    sys.stdout.flush()
+    os._exit(0)  # SAPIEN's destructors can hang at exit, and nothing is left to save
+
+
+def _serve(pipe: Connection, spec: EnvSpec, count: int, threads: int) -> None:
+    import torch
+
+    from envs.maniskill import ManiSkillEnv
+
+    torch.set_num_threads(threads)
+    envs = [ManiSkillEnv(spec) for _ in range(count)]
+    facts = ("action_dim", "state_dim", "cameras", "instruction", "max_episode_steps")
+    pipe.send(("ok", {name: getattr(envs[0], name) for name in facts}))
+    blocks: list[SharedMemory] = []
+    arrays: dict[str, np.ndarray] = {}
+    while True:
+        command, payload = pipe.recv()
+        result: Any = None
+        if command == "attach":
+            for name, (block, shape, dtype) in payload.items():
+                blocks.append(SharedMemory(block))
+                arrays[name] = np.ndarray(shape, dtype, blocks[-1].buf)
+        elif command == "reset":
+            for i, slot, seed in payload:
+                envs[i].reset(seed)
+                envs[i].observe(arrays["image"][slot], arrays["state"][slot])
+        elif command == "step":
+            result = []
+            for i, slot, length, observe_terminal in payload:
+                reward, terminated, truncated, steps = envs[i].step(arrays["chunk"][slot, :length])
+                if observe_terminal or not terminated:
+                    envs[i].observe(arrays["image"][slot], arrays["state"][slot])
+                result.append((slot, reward, terminated, truncated, envs[i].success, steps))
+        elif command == "render":
+            result = [(slot, envs[i].render()) for i, slot in payload]
+        elif command == "demonstrate":
+            from envs.demos import demonstrate
+
+            result = demonstrate(envs[0], **payload)
+        elif command == "close":
+            return
+        pipe.send(("ok", result))
+
+
+# ---------------------------------------------------------------------------------------------------------- the parent's side
+
+
+class _Worker:
+    """A process with `count` environments; slots index, worker, …, so that neighbours in a group land on different workers."""
+
+    def __init__(self, index: int, spec: EnvSpec, slots: range, threads: int):
+        self.index, self.spec, self.slots, self.threads = index, spec, slots, threads
+        self.start()
+
+    def start(self) -> None:
+        context = mp.get_context("spawn")  # a forked child would inherit torch's and SAPIEN's threads half-alive
+        self.pipe, child = context.Pipe()
+        # lavapipe and OpenMP read their thread counts when the child loads them: hand them down, unless the user has set them.
+        names = [name for name in ("OMP_NUM_THREADS", "LP_NUM_THREADS") if name not in os.environ]
+        os.environ.update({name: str(self.threads) for name in names})
+        try:
+            self.process = context.Process(
+                target=_worker, args=(child, self.spec, len(self.slots), self.threads), daemon=True, name=f"env-{self.index}"
+            )
+            self.process.start()
+        finally:
+            for name in names:
+                del os.environ[name]
+        child.close()
+
+    def send(self, command: str, payload: Any = None) -> None:
+        try:
+            self.pipe.send((command, payload))
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # receive() finds out
+
+    def receive(self) -> Any:
+        """The answer to the last command. Raises EnvError for the worker's own errors, EOFError when it has died."""
+        wait([self.pipe, self.process.sentinel])
+        if not self.pipe.poll():
+            raise EOFError
+        try:
+            status, result = self.pipe.recv()
+        except ConnectionResetError as error:
+            raise EOFError from error
+        if status == "error":
+            raise EnvError(result)
+        return result
+
+
+class ChunkVecEnv(gym.vector.VectorEnv):
+    """Several environments stepped by action chunks, each process holding some of them.
+
+    - `reset(seed=…, options=…)`: `seed` an int (environment i gets seed + i), an array of one seed per environment, or None (drawn
+      from the pool's own generator). The same seed gives the same initial state, so equal seeds make a group.
+      `options={"reset_mask": (B,) bool}` resets only some.
+    - `step(chunk (B, n, A) in [-1, 1])` executes up to n actions in each environment that is still running. An environment stops at
+      success, failure or its limit; from then on stepping it does nothing until it is reset (gymnasium's AutoresetMode.DISABLED).
+    - Observation: `{"image": uint8 (B, cameras, H, W, 3), "state": float32 (B, S)}` after the last executed action.
+    - `info`: "success" (B,) bool, whether the episode has succeeded; "steps" (B,) int, actions executed in this chunk; "lost" (B,)
+      bool, whether the episode was cut off because its worker process died (the worker is replaced; the episode counts as
+      truncated and should be dropped).
+
+    Errors: EnvError, in one line, for all that is wrong with the task, its arguments, or the Vulkan driver.
+    """
+
+    metadata = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED, "render_modes": ["rgb_array"]}
+    render_mode = "rgb_array"
+
+    def __init__(self, spec: EnvSpec, num_envs: int, num_workers: int, *, chunk: int, seed: int, observe_terminal: bool):
+        self.spec, self.num_envs, self.observe_terminal = spec, num_envs, observe_terminal
+        self._rng = np.random.default_rng(seed)
+        self._blocks: list[SharedMemory] = []
+        self._restarts = 0
+        num_workers = min(num_workers, num_envs)
+        threads = max(1, (os.cpu_count() or 1) // num_workers)
+        self._workers = [_Worker(w, spec, range(w, num_envs, num_workers), threads) for w in range(num_workers)]
+        self._where = {slot: (worker, i) for worker in self._workers for i, slot in enumerate(worker.slots)}
+        try:
+            facts = [self._receive_or_fail(worker) for worker in self._workers][0]
+        except BaseException:
+            self.close()
+            raise
+        self.instruction: str = facts["instruction"]
+        self.instructions = [self.instruction] * num_envs
+        self.max_episode_steps: int = facts["max_episode_steps"]
+        self.action_dim: int = facts["action_dim"]
+        cameras, size = len(facts["cameras"]), spec.image_size if facts["cameras"] else 0
+        if not 1 <= chunk <= self.max_episode_steps:
+            self.close()
+            raise EnvError(f"a chunk of {chunk} actions does not fit an episode of {self.max_episode_steps} steps")
+        self.single_action_space = gym.spaces.Box(-1, 1, (chunk, self.action_dim), np.float32)
+        self.single_observation_space = gym.spaces.Dict(
+            image=gym.spaces.Box(0, 255, (cameras, size, size, 3), np.uint8),
+            state=gym.spaces.Box(-np.inf, np.inf, (facts["state_dim"],), np.float32),
+        )
+        self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
+        self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
+        self._arrays, self._attach = {}, {}
+        for name, shape, dtype in [
+            ("image", (num_envs, cameras, size, size, 3), np.uint8),
+            ("state", (num_envs, facts["state_dim"]), np.float32),
+            ("chunk", (num_envs, self.max_episode_steps, self.action_dim), np.float32),
+        ]:
+            block = SharedMemory(create=True, size=max(1, int(np.prod(shape)) * np.dtype(dtype).itemsize))
+            self._blocks.append(block)
+            self._arrays[name] = np.ndarray(shape, dtype, block.buf)
+            self._attach[name] = (block.name, shape, dtype)
+        for worker in self._workers:
+            worker.send("attach", self._attach)
+            self._receive_or_fail(worker)
+        self._running = np.zeros(num_envs, bool)
+        self._success = np.zeros(num_envs, bool)
+
+    # gymnasium's interface
+
+    def reset(self, *, seed: int | Iterable[int] | None = None, options: dict | None = None) -> tuple[dict, dict]:
+        if seed is None:
+            seeds = self._rng.integers(2**31, size=self.num_envs)
+        else:
+            seeds = seed + np.arange(self.num_envs) if np.ndim(seed) == 0 else np.asarray(seed)
+        if seeds.shape != (self.num_envs,):
+            raise EnvError(f"reset takes one seed or {self.num_envs} of them, got an array of shape {seeds.shape}")
+        mask = np.asarray((options or {}).get("reset_mask", np.ones(self.num_envs, bool)))
+        jobs = {slot: (int(seeds[slot]),) for slot in np.flatnonzero(mask)}
+        lost = self._run("reset", jobs)[1]
+        if lost.any():  # its replacement starts from the same seeds; a second death in a row is an error
+            if self._run("reset", {slot: jobs[slot] for slot in np.flatnonzero(lost)})[1].any():
+                raise EnvError("an environment worker died twice while resetting")
+        self._running[mask], self._success[mask] = True, False
+        zeros = np.zeros(self.num_envs, int)
+        return self._observation(), {"success": self._success.copy(), "steps": zeros, "lost": zeros.astype(bool)}
+
+    def step(self, chunk: np.ndarray) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray, dict]:
+        chunk = np.asarray(chunk, np.float32)
+        if chunk.ndim != 3 or chunk.shape[0] != self.num_envs or chunk.shape[2] != self.action_dim:
+            raise EnvError(f"step takes a chunk of shape ({self.num_envs}, n, {self.action_dim}), got {chunk.shape}")
+        n = min(chunk.shape[1], self.max_episode_steps)
+        if not np.isfinite(chunk[self._running]).all():
+            raise EnvError("step got actions that are not finite numbers: the policy has diverged")
+        self._arrays["chunk"][:, :n] = chunk[:, :n]
+        jobs = {slot: (n, self.observe_terminal) for slot in np.flatnonzero(self._running)}
+        outcomes, lost = self._run("step", jobs)
+        reward = np.zeros(self.num_envs, np.float32)
+        terminated, truncated = ~self._running & self._success, lost.copy()
+        steps = np.zeros(self.num_envs, int)
+        for slot, *outcome in outcomes:
+            reward[slot], terminated[slot], truncated[slot], self._success[slot], steps[slot] = outcome
+        self._running &= ~(terminated | truncated)
+        return self._observation(), reward, terminated, truncated, dict(success=self._success.copy(), steps=steps, lost=lost)
+
+    def render(self, slots: Iterable[int] | None = None) -> list[np.ndarray]:
+        """Pictures for people (H, W, 3) uint8 of the given environments (default: all), from the task's render camera."""
+        slots = list(range(self.num_envs) if slots is None else slots)
+        frames = dict(self._run("render", {slot: () for slot in slots})[0])
+        blank = np.zeros((self.spec.video_size, self.spec.video_size, 3), np.uint8)
+        return [frames.get(slot, blank) for slot in slots]
+
+    def demonstrate(self, jobs: Iterable[dict]) -> Iterator[Any]:
+        """Run `envs.demos.demonstrate(env, **job)` for every job, one at a time on each worker; yields results in their order."""
+        jobs = list(jobs)
+        for start in range(0, len(jobs), len(self._workers)):
+            batch = list(zip(self._workers, jobs[start : start + len(self._workers)], strict=False))
+            for worker, job in batch:
+                worker.send("demonstrate", job)
+            for worker, _ in batch:
+                yield self._receive_or_fail(worker)
+
+    def close_extras(self, **kwargs: Any) -> None:
+        for worker in self._workers:
+            worker.send("close")
+        for worker in self._workers:
+            worker.process.join(timeout=5)
+            if worker.process.is_alive():
+                worker.process.kill()
+        for block in self._blocks:
+            block.close()
+            block.unlink()
+        self._blocks = []
+
+    # the pool
+
+    def _observation(self) -> dict[str, np.ndarray]:
+        return {name: self._arrays[name].copy() for name in ("image", "state")}
+
+    def _receive_or_fail(self, worker: _Worker) -> Any:
+        try:
+            return worker.receive()
+        except EOFError:
+            raise EnvError(
+                f"environment worker {worker.index} died (exit code {worker.process.exitcode}): a broken Vulkan driver or too "
+                f"little memory; check the driver with: python -m envs.vulkan"
+            ) from None
+
+    def _run(self, command: str, jobs: dict[int, tuple]) -> tuple[list, np.ndarray]:
+        """Send each slot's job to its worker. Returns all results and the mask of slots whose worker died (and was replaced)."""
+        busy: dict[int, list] = {}
+        for slot, job in jobs.items():
+            worker, i = self._where[slot]
+            busy.setdefault(worker.index, []).append((i, int(slot), *job))
+        for index, payload in busy.items():
+            self._workers[index].send(command, payload)
+        results, lost = [], np.zeros(self.num_envs, bool)
+        for index in busy:
+            worker = self._workers[index]
+            try:
+                results += worker.receive() or []
+            except EOFError:
+                self._replace(worker)
+                lost[list(worker.slots)] = self._running[list(worker.slots)] | (command == "reset")
+        return results, lost
+
+    def _replace(self, worker: _Worker) -> None:
+        self._restarts += 1
+        if self._restarts > MAX_RESTARTS:
+            raise EnvError(f"environment workers died {self._restarts} times: too little memory, or a broken Vulkan driver")
+        warnings.warn(f"environment worker {worker.index} died and is replaced; its episodes are dropped", stacklevel=2)
+        worker.start()
+        self._receive_or_fail(worker)
+        worker.send("attach", self._attach)
+        self._receive_or_fail(worker)

@@ -1,0 +1,34 @@
+"""What describes an environment, and the error that every bad one raises."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class EnvError(RuntimeError):
+    """A simulator, task or driver problem, told in one line: what was given, what was expected, what to do next."""
+
+
+@dataclass(frozen=True)
+class EnvSpec:
+    """All that a worker process needs to build its environments."""
+
+    env_id: str
+    obs_mode: str = "rgb"
+    """"rgb": camera images and a state without privileged object poses; "state": no images, privileged state."""
+    image_size: int = 96
+    """Side of the square camera images, px."""
+    control_mode: str = "pd_ee_delta_pose"
+    reward_mode: str = "sparse"
+    max_episode_steps: int | None = None
+    """None: the task's own limit."""
+    camera: Any = None
+    """Pose and field of view of the base camera (`envs.maniskill.Camera`); None: the task's own."""
+    mesh_keep: float = 0.06
+    """Share of the robot's visual triangles that software rendering keeps (1: all)."""
+    fast_control: bool = True
+    """Use the NumPy controller where it reproduces ManiSkill's."""
+    video_size: int = 256
+    kwargs: dict = field(default_factory=dict)
+    """More keyword arguments for the simulator's own constructor."""

@@ -1,0 +1,14 @@
+"""Thin π0 policies: the model, its processor, and checkpoints.
+
+policy = policies.load("pi0-tiny-pickcube-rgb")
+prefix = policy.encode_prefix(images, image_mask, tokens, token_mask)
+actions = policy.processor.unnormalize_actions(policy.sample(prefix, state))
+"""
+
+from policies.checkpoint import CheckpointError, bundled, load, save
+from policies.pi0 import Pi0, Pi0Config, Prefix
+from policies.processor import NormStats, Processor, Tokenizer
+
+__all__ = [
+    "CheckpointError", "NormStats", "Pi0", "Pi0Config", "Prefix", "Processor", "Tokenizer", "bundled", "load", "save",
+]  # fmt: skip

@@ -1,0 +1,173 @@
+"""Gemma transformer blocks shared by the language model and by the action expert of π0.
+
+Parameter names and numerics follow the published Gemma checkpoints: RMSNorm scales by (1 + weight) and computes in
+float32, the MLP is gelu_tanh(gate) * up, rotary positions are half-split with theta 1e4, linear layers have no bias. A
+block takes the keys and values of tokens that came before (`past`), so one block serves a prefix and a suffix that
+attends to it.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, scaled by (1 + weight); in float32, returned in x's dtype."""
+
+    def __init__(self, width: int, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., width) -> (..., width)
+        return F.rms_norm(x.float(), (x.shape[-1],), 1.0 + self.weight.float(), self.eps).to(x.dtype)
+
+
+def rotary(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rotary factors (cos, signed sin), each (B, T, 1, head_dim), for integer positions (B, T); angles are float32.
+
+    The first half of the sine carries the minus sign of the rotation, so `rotate` needs no negation.
+    """
+    exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    angles = positions[..., None, None].float() * theta**-exponent  # (B, T, 1, D/2)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Apply rotary factors to heads x (B, T, heads, D)."""
+    cos, sin = rope
+    half = x.shape[-1] // 2
+    swapped = torch.cat((x[..., half:], x[..., :half]), dim=-1)
+    return torch.addcmul(x * cos, swapped, sin)
+
+
+def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """Boolean visibility -> additive attention mask of the same shape: 0 where visible, the dtype's most negative value
+    elsewhere.
+
+    A finite value keeps a row that sees nothing finite, so padding can never put a NaN into a cache.
+    """
+    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention whose query heads are folded into the query length.
+
+    The `heads / kv_heads` queries of a group share their keys, so (B, T, heads, D) is attended as (B, kv_heads, T *
+    group, D) against (B, kv_heads, K, D): keys and values are never expanded, and with one key head nothing is even
+    copied.
+    """
+
+    def __init__(self, width: int, heads: int, kv_heads: int, head_dim: int):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.q_proj = nn.Linear(width, heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(width, kv_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(width, kv_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(heads * head_dim, width, bias=False)
+
+    def keys_values(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Rotated keys and values, each (B, T, kv_heads * D), of normed tokens x (B, T, width)."""
+        keys = rotate(self.k_proj(x).unflatten(-1, (self.kv_heads, self.head_dim)), rope).flatten(-2)
+        return keys, self.v_proj(x)
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
+        """Attend from normed tokens x (B, T, width) to keys and values (B, K, kv_heads * D).
+
+        mask: additive, (B, 1, 1, K) for all queries alike or (B, 1, T * heads / kv_heads, K), query-major. -> (B, T,
+        width)
+        """
+        B, T, _ = x.shape
+        G = self.heads // self.kv_heads
+        q = rotate(self.q_proj(x).view(B, T, self.heads, self.head_dim), rope)
+        q = (
+            q.view(B, T, self.kv_heads, G, self.head_dim)
+            .transpose(1, 2)
+            .reshape(B, self.kv_heads, T * G, self.head_dim)
+        )
+        k = keys.unflatten(-1, (self.kv_heads, self.head_dim)).transpose(1, 2)  # (B, kv, K, D)
+        v = values.unflatten(-1, (self.kv_heads, self.head_dim)).transpose(1, 2)  # (B, kv, K, D)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, kv, T * G, D)
+        out = out.view(B, self.kv_heads, T, G, self.head_dim).transpose(1, 2).reshape(B, T, -1)
+        return self.o_proj(out)
+
+
+class MLP(nn.Module):
+    """Gated feed-forward layer, gelu_tanh(gate) * up."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(width, hidden, bias=False)
+        self.up_proj = nn.Linear(width, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """One pre-norm Gemma layer."""
+
+    def __init__(self, width: int, hidden: int, heads: int, kv_heads: int, head_dim: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(width)
+        self.self_attn = Attention(width, heads, kv_heads, head_dim)
+        self.post_attention_layernorm = RMSNorm(width)
+        self.mlp = MLP(width, hidden)
+
+    def keys_values(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """What later tokens need of this layer and no more: keys and values (B, T, kv_heads * D) of x (B, T, width)."""
+        return self.self_attn.keys_values(self.input_layernorm(x), rope)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, past: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, width), mask over past + own keys (see Attention), past: keys and values (B, P, kv_heads * D).
+
+        -> the new x (B, T, width) and this layer's own keys and values (B, T, kv_heads * D).
+        """
+        h = self.input_layernorm(x)
+        own_k, own_v = k, v = self.self_attn.keys_values(h, rope)
+        if past is not None:
+            k, v = torch.cat((past[0], k), dim=1), torch.cat((past[1], v), dim=1)
+        x = x + self.self_attn(h, k, v, rope, mask)
+        return x + self.mlp(self.post_attention_layernorm(x)), own_k, own_v
+
+
+class Gemma(nn.Module):
+    """A stack of blocks with its final norm; with a vocabulary also the token embedding.
+
+    The caller drives the layers, because a prefix pass and a suffix pass read them differently.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        depth: int,
+        hidden: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        vocab_size: int | None = None,
+    ):
+        super().__init__()
+        if vocab_size is not None:
+            self.embed_tokens = nn.Embedding(vocab_size, width)
+        self.layers = nn.ModuleList(Block(width, hidden, heads, kv_heads, head_dim) for _ in range(depth))
+        self.norm = RMSNorm(width)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise for training from scratch: fan-in normal weights, residual branches divided by sqrt(2 * depth)."""
+        for name, parameter in self.named_parameters():
+            if "norm" in name:
+                nn.init.zeros_(parameter)
+            else:
+                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(parameter, std=(parameter.shape[1] * (2 * len(self.layers) if residual else 1)) ** -0.5)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the matrix products; norms may stay float32."""
+        return self.layers[0].self_attn.q_proj.weight.dtype

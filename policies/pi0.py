@@ -1,0 +1,435 @@
+"""π0: a flow-matching vision-language-action policy (Black et al., arXiv 2410.24164), in two passes.
+
+A PaliGemma prefix (camera images, then the instruction) is encoded once per observation into keys and values per layer;
+a small action expert then reads them at every solver step. As the prefix never sees the expert's tokens, the two passes
+are exactly the joint attention of the published model, and one code path serves supervised training, rollouts and
+reinforcement learning.
+
+    prefix = policy.encode_prefix(images, image_mask, tokens, token_mask)   # once per observation
+    v = policy.velocity(prefix, state, x_t, t)                              # once per solver step
+
+Time runs from t = 1 (noise) to t = 0 (action): x_t = t * noise + (1 - t) * action, and the velocity is noise - action.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import SiglipVisionConfig, SiglipVisionModel
+from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
+
+from policies.gemma import Gemma, RMSNorm, additive_mask, rotary
+
+
+@dataclass(frozen=True)
+class Pi0Config:
+    """Sizes of a π0 policy; the defaults are the published 3.2 B model. Raises ValueError on impossible values."""
+
+    image_size: int = 224
+    """side of the square camera images, pixels"""
+    patch_size: int = 14
+    """side of a vision patch, pixels; divides image_size"""
+    num_cameras: int = 3
+    """images per observation; 0 builds no vision tower: the prefix is text, the policy acts on the state vector"""
+    vision_width: int = 1152
+    """width of the SigLIP vision tower"""
+    vision_depth: int = 27
+    """layers of the vision tower"""
+    vision_mlp: int = 4304
+    """hidden width of the vision tower's feed-forward layers"""
+    vision_heads: int = 16
+    """attention heads of the vision tower"""
+    vlm_width: int = 2048
+    """width of the language model"""
+    vlm_depth: int = 18
+    """layers of the language model, and of the action expert, which reads the keys and values of each"""
+    vlm_mlp: int = 16384
+    """hidden width of the language model's feed-forward layers"""
+    expert_width: int = 1024
+    """width of the action expert; even, because the time embedding is half sines and half cosines"""
+    expert_mlp: int = 4096
+    """hidden width of the expert's feed-forward layers"""
+    heads: int = 8
+    """query heads of the language model and of the expert"""
+    kv_heads: int = 1
+    """key/value heads shared by groups of query heads; divides heads"""
+    head_dim: int = 256
+    """width of a head; even, for rotary positions"""
+    vocab_size: int = 257152
+    """rows of the token embedding"""
+    max_token_len: int = 48
+    """instruction length in tokens, padded on the right"""
+    state_dim: int = 32
+    """width of the padded state vector"""
+    action_dim: int = 32
+    """width of the padded action vector"""
+    horizon: int = 50
+    """actions per chunk"""
+    num_steps: int = 10
+    """solver steps when a caller names none"""
+    rope_theta: float = 1e4
+    """base of the rotary frequencies"""
+    min_period: float = 4e-3
+    """shortest period of the time embedding"""
+    max_period: float = 4.0
+    """longest period of the time embedding"""
+
+    def __post_init__(self):
+        for field in fields(self):
+            value, least = getattr(self, field.name), 0 if field.name == "num_cameras" else 1
+            if field.type in (int, "int"):
+                if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                    raise ValueError(f"{field.name} is {value!r}; expected an integer of at least {least}")
+            elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(f"{field.name} is {value!r}; expected a positive number")
+        for name, divisor in (("image_size", "patch_size"), ("vision_width", "vision_heads"), ("heads", "kv_heads")):
+            if getattr(self, name) % getattr(self, divisor):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; expected a multiple of {divisor} {getattr(self, divisor)}"
+                )
+        for name in ("head_dim", "expert_width"):
+            if getattr(self, name) % 2:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected an even number")
+        if self.min_period >= self.max_period:
+            raise ValueError(f"min_period is {self.min_period}; expected less than max_period {self.max_period}")
+
+    @classmethod
+    def pi0(cls, **overrides) -> "Pi0Config":
+        """The published dimensions (3.2 B parameters), with any field overridden."""
+        return cls.from_dict(overrides)
+
+    @classmethod
+    def tiny(cls, **overrides) -> "Pi0Config":
+        """The same architecture at about 1.8 M parameters, for two CPU cores, with any field overridden."""
+        sizes = dict(
+            image_size=96, patch_size=12, num_cameras=1,
+            vision_width=128, vision_depth=4, vision_mlp=256, vision_heads=4,
+            vlm_width=128, vlm_depth=4, vlm_mlp=256, expert_width=128, expert_mlp=256, heads=4, kv_heads=1, head_dim=32,
+            vocab_size=448, max_token_len=16, state_dim=48, action_dim=8, horizon=8, num_steps=4,
+        )  # fmt: skip
+        return cls.from_dict({**sizes, **overrides})
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Pi0Config":
+        """Build from a plain dictionary; raises ValueError on a key that is no field."""
+        names = [field.name for field in fields(cls)]
+        if unknown := sorted(set(values) - set(names)):
+            raise ValueError(f"unknown policy option {', '.join(unknown)}; expected some of {', '.join(names)}")
+        return cls(**values)
+
+    def to_dict(self) -> dict:
+        """A plain dictionary that `from_dict` and JSON take back."""
+        return asdict(self)
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Prefix tokens of one camera."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def prefix_len(self) -> int:
+        """Prefix tokens in all, padding included."""
+        return self.num_cameras * self.tokens_per_image + self.max_token_len
+
+
+@dataclass
+class Prefix:
+    """Encoded observations: what the action expert reads, once per layer. B observations, P prefix tokens."""
+
+    keys: Tensor
+    """(depth, B, P, kv_heads * head_dim), after rotary positions"""
+    values: Tensor
+    """(depth, B, P, kv_heads * head_dim)"""
+    mask: Tensor
+    """(B, P) bool, False for padding and absent cameras"""
+    n_valid: Tensor
+    """(B,) int64, valid tokens: the position at which the suffix begins"""
+
+    def __len__(self) -> int:
+        return self.mask.shape[0]
+
+    def __getitem__(self, index) -> "Prefix":
+        """Select observations by slice, index tensor (B',) or boolean mask (B,); an integer keeps a batch of one."""
+        if isinstance(index, int):
+            index = [index]
+        return Prefix(self.keys[:, index], self.values[:, index], self.mask[index], self.n_valid[index])
+
+    @staticmethod
+    def cat(prefixes: "Iterable[Prefix]") -> "Prefix":
+        """Join prefixes along the batch."""
+        prefixes = list(prefixes)
+        return Prefix(
+            torch.cat([p.keys for p in prefixes], dim=1),
+            torch.cat([p.values for p in prefixes], dim=1),
+            torch.cat([p.mask for p in prefixes]),
+            torch.cat([p.n_valid for p in prefixes]),
+        )
+
+    def repeat(self, k: int) -> "Prefix":
+        """Each observation k times in a row (repeat_interleave): for several noise or time draws per observation."""
+        return Prefix(
+            self.keys.repeat_interleave(k, dim=1),
+            self.values.repeat_interleave(k, dim=1),
+            self.mask.repeat_interleave(k, dim=0),
+            self.n_valid.repeat_interleave(k, dim=0),
+        )
+
+    def detach(self) -> "Prefix":
+        """The same prefix without gradient history."""
+        return Prefix(self.keys.detach(), self.values.detach(), self.mask, self.n_valid)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Prefix":
+        """Move to a device; dtype applies to keys and values."""
+        return Prefix(
+            self.keys.to(device=device, dtype=dtype),
+            self.values.to(device=device, dtype=dtype),
+            self.mask.to(device=device),
+            self.n_valid.to(device=device),
+        )
+
+
+class Pi0(nn.Module):
+    """π0 with B the batch, N cameras, L text tokens, H the horizon, A and S the padded action and state widths.
+
+    `processor` (see policies.processor) turns observations into this module's inputs and its outputs into actions, and
+    `meta` is a JSON dictionary that travels with the checkpoint; both may be set freely.
+    """
+
+    def __init__(self, config: Pi0Config):
+        super().__init__()
+        self.config = c = config
+        self.processor = None
+        self.meta: dict = {}
+        self.vlm_frozen = False
+
+        if c.num_cameras:
+            vision = SiglipVisionConfig(
+                hidden_size=c.vision_width, intermediate_size=c.vision_mlp, num_hidden_layers=c.vision_depth,
+                num_attention_heads=c.vision_heads, image_size=c.image_size, patch_size=c.patch_size,
+                hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6, vision_use_head=False, attn_implementation="sdpa",
+            )  # fmt: skip
+            self.vision_tower = SiglipVisionModel(vision)
+            embeddings = self.vision_embeddings()
+            embeddings.output_dtype = torch.float32
+            embeddings.register_forward_hook(cast_output)
+            self.multi_modal_projector = nn.ModuleDict({"linear": nn.Linear(c.vision_width, c.vlm_width)})
+        heads = (c.heads, c.kv_heads, c.head_dim)
+        self.language_model = Gemma(c.vlm_width, c.vlm_depth, c.vlm_mlp, *heads, vocab_size=c.vocab_size)
+        self.expert = Gemma(c.expert_width, c.vlm_depth, c.expert_mlp, *heads)
+        self.state_proj = nn.Linear(c.state_dim, c.expert_width)
+        self.action_in_proj = nn.Linear(c.action_dim, c.expert_width)
+        self.action_time_mlp_in = nn.Linear(2 * c.expert_width, c.expert_width)
+        self.action_time_mlp_out = nn.Linear(c.expert_width, c.expert_width)
+        self.action_out_proj = nn.Linear(c.expert_width, c.action_dim)
+        # The first velocities are near zero, so the first losses are those of predicting the mean.
+        nn.init.normal_(self.action_out_proj.weight, std=0.1 * c.expert_width**-0.5)
+        nn.init.zeros_(self.action_out_proj.bias)
+
+    # ---------------------------------------------------------------- prefix
+
+    def encode_prefix(
+        self, images: Tensor | None, image_mask: Tensor | None, tokens: Tensor, token_mask: Tensor
+    ) -> Prefix:
+        """Encode observations, all cameras first, then the text; attention is bidirectional over the valid tokens.
+
+        images: (B, N, 3, H, W) in [-1, 1]; image_mask: (B, N) bool, False for an absent camera (give it an all -1
+        image); tokens: (B, L) int64; token_mask: (B, L) bool. Without cameras in the configuration images and
+        image_mask are ignored and may be None. Raises ValueError on another number of cameras or another image size.
+        """
+        x = self.language_model.embed_tokens(tokens) * math.sqrt(self.config.vlm_width)  # (B, L, W)
+        mask = token_mask.bool()
+        if self.config.num_cameras:
+            features = self.encode_images(images).to(x.dtype)  # (B, N * tokens_per_image, W)
+            x = torch.cat((features, x), dim=1)  # (B, P, W)
+            mask = torch.cat((image_mask.bool().repeat_interleave(self.config.tokens_per_image, dim=1), mask), dim=1)
+        x = x.to(self.language_model.dtype)
+        positions = mask.cumsum(dim=1) - 1  # (B, P)
+        rope = rotary(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
+        attend = additive_mask(mask, x.dtype)[:, None, None, :]  # (B, 1, 1, P): every query sees every valid key
+        keys, values = [], []
+        for layer in self.language_model.layers[:-1]:
+            x, k, v = layer(x, rope, attend)
+            keys.append(k)
+            values.append(v)
+        # Of the last layer the expert reads only keys and values: its attention and feed-forward parts, and the final
+        # norm, stay in the module for the published layout but are never computed.
+        k, v = self.language_model.layers[-1].keys_values(x, rope)
+        return Prefix(torch.stack([*keys, k]), torch.stack([*values, v]), mask, mask.sum(dim=1))
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Camera images (B, N, 3, H, W) in [-1, 1] -> prefix features (B, N * tokens_per_image, vlm_width)."""
+        c = self.config
+        expected = (c.num_cameras, 3, c.image_size, c.image_size)
+        if images is None or tuple(images.shape[1:]) != expected:
+            given = "none" if images is None else f"shape {tuple(images.shape)}"
+            raise ValueError(
+                f"images: got {given}; expected (batch, cameras, 3, height, width) = (B, {str(expected)[1:]}"
+            )
+        features = self.vision_tower(images.flatten(0, 1)).last_hidden_state  # (B * N, tokens_per_image, vision_width)
+        projector = self.multi_modal_projector["linear"]
+        return projector(features.to(projector.weight.dtype)).unflatten(0, (-1, c.num_cameras)).flatten(1, 2)
+
+    # ---------------------------------------------------------------- suffix
+
+    def velocity(self, prefix: Prefix, state: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """Predicted velocity d x / d t at x_t.
+
+        state: (B, S) normalised and padded; x_t: (B, H, A); t: (B,) in [0, 1], 1 is noise. -> v (B, H, A)
+        """
+        return self.action_out_proj(self.features(prefix, state, x_t, t))
+
+    def features(self, prefix: Prefix, state: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """Expert output per action token, before the action head: (B, H, expert_width); inputs as in `velocity`."""
+        c = self.config
+        x = self.embed_suffix(state, x_t, t)  # (B, T, W): one state token, then the actions
+        T = x.shape[1]
+        positions = prefix.n_valid[:, None] + torch.arange(T, device=x.device)  # (B, T)
+        # The state token sees the prefix and itself, actions see everything; each row serves the query heads of a
+        # group.
+        own = torch.ones(T, T, dtype=torch.bool, device=x.device)
+        own[0, 1:] = False
+        own = own.expand(x.shape[0], T, T)
+        visible = torch.cat((prefix.mask[:, None, :].expand(-1, T, -1), own), dim=2)  # (B, T, P + T)
+
+        dtype = self.expert.dtype
+        x, keys, values = x.to(dtype), prefix.keys.to(dtype), prefix.values.to(dtype)
+        rope = rotary(positions, c.head_dim, c.rope_theta, dtype)
+        attend = additive_mask(visible, dtype).repeat_interleave(c.heads // c.kv_heads, dim=1)[:, None]
+        for index, layer in enumerate(self.expert.layers):
+            x, _, _ = layer(x, rope, attend, past=(keys[index], values[index]))
+        return self.expert.norm(x[:, 1:]).to(self.action_out_proj.weight.dtype)
+
+    def embed_suffix(self, state: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """State (B, S), noisy actions (B, H, A) and times (B,) -> expert tokens (B, 1 + H, expert_width)."""
+        dtype = self.action_in_proj.weight.dtype
+        action = self.action_in_proj(x_t.to(dtype))  # (B, H, W)
+        time = time_embedding(t, self.config.expert_width, self.config.min_period, self.config.max_period).to(dtype)
+        action = self.action_time_mlp_in(torch.cat((action, time[:, None, :].expand_as(action)), dim=-1))
+        action = self.action_time_mlp_out(F.silu(action))
+        return torch.cat((self.state_proj(state.to(dtype))[:, None, :], action), dim=1)
+
+    # ---------------------------------------------------------------- flow
+
+    def flow_loss(
+        self, prefix: Prefix, state: Tensor, actions: Tensor, noise: Tensor | None = None, t: Tensor | None = None
+    ) -> Tensor:
+        """Flow-matching loss of every action element, (B, H, A): (velocity(x_t) - (noise - actions))².
+
+        actions: (B, H, A) normalised and padded; noise: (B, H, A), standard normal if None; t: (B,), drawn from
+        Beta(1.5, 1) * 0.999 + 0.001 if None (arXiv 2410.24164, appendix B).
+        """
+        if noise is None:
+            noise = torch.randn_like(actions)
+        if t is None:
+            t = sample_time(actions.shape[0], device=actions.device)
+        time = t[:, None, None].to(actions.dtype)
+        x_t = time * noise + (1 - time) * actions
+        return (self.velocity(prefix, state, x_t, t) - (noise - actions)).square()
+
+    @torch.no_grad()
+    def sample(
+        self, prefix: Prefix, state: Tensor, noise: Tensor | None = None, num_steps: int | None = None
+    ) -> Tensor:
+        """Actions (B, H, A), normalised and padded, by Euler steps from noise (B, H, A) at t = 1 to t = 0; no gradient.
+
+        num_steps: solver steps, the configuration's if None. Raises ValueError if it is below 1.
+        """
+        c = self.config
+        steps = c.num_steps if num_steps is None else num_steps
+        if steps < 1:
+            raise ValueError(f"num_steps is {steps}; expected at least 1")
+        B = len(prefix)
+        x = torch.randn(B, c.horizon, c.action_dim, device=state.device) if noise is None else noise
+        for i in range(steps):
+            t = torch.full((B,), 1 - i / steps, device=x.device)
+            x = x - self.velocity(prefix, state, x, t) / steps
+        return x
+
+    @torch.no_grad()
+    def act(
+        self,
+        obs: dict[str, np.ndarray],
+        instructions: list[str],
+        num_steps: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> np.ndarray:
+        """Observations (see Processor) and B instructions -> action chunks (B, H, A_raw) in the environment's units."""
+        images, image_mask, tokens, token_mask, state = self.processor(obs, instructions)
+        prefix = self.encode_prefix(images, image_mask, tokens, token_mask)
+        shape = (len(state), self.config.horizon, self.config.action_dim)
+        noise = torch.randn(shape, generator=generator, device=state.device)
+        return self.processor.unnormalize_actions(self.sample(prefix, state, noise, num_steps).cpu().numpy())
+
+    # ---------------------------------------------------------------- training and precision
+
+    def vlm_modules(self) -> list[nn.Module]:
+        """The parts that encode the prefix."""
+        names = ("vision_tower", "multi_modal_projector", "language_model")
+        return [getattr(self, name) for name in names if hasattr(self, name)]
+
+    def vision_embeddings(self) -> SiglipVisionEmbeddings:
+        """The vision tower's patch and position embeddings, wherever this release of transformers keeps them."""
+        return next(m for m in self.vision_tower.modules() if isinstance(m, SiglipVisionEmbeddings))
+
+    def expert_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the action expert and of the state, action and time projections."""
+        vlm = {id(parameter) for module in self.vlm_modules() for parameter in module.parameters()}
+        return [parameter for parameter in self.parameters() if id(parameter) not in vlm]
+
+    def freeze_vlm(self) -> "Pi0":
+        """Train the action expert only: the VLM gets no gradient and stays in eval mode; prefixes may be cached."""
+        self.vlm_frozen = True
+        for module in self.vlm_modules():
+            module.requires_grad_(False).eval()
+        return self
+
+    def train(self, mode: bool = True) -> "Pi0":
+        """As nn.Module.train, except that a frozen VLM stays in eval mode."""
+        super().train(mode)
+        if self.vlm_frozen:
+            for module in self.vlm_modules():
+                module.eval()
+        return self
+
+    def cast(self, dtype: torch.dtype) -> "Pi0":
+        """Set the precision of the transformers in place; what is sensitive to it stays float32.
+
+        As in the published code, that is the Gemma norms, the SigLIP patch and position embeddings, and the expert's
+        state, action and time projections. Use this rather than `.to(dtype)`, which would convert them too.
+        """
+        self.float()
+        for module in [*self.vlm_modules(), self.expert]:
+            module.to(dtype)
+        for module in self.modules():
+            if isinstance(module, RMSNorm):
+                module.float()
+        if self.config.num_cameras:
+            embeddings = self.vision_embeddings().float()
+            embeddings.output_dtype = dtype
+        return self
+
+
+def cast_output(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+    """Forward hook: hand float32 embeddings on in the precision of the layers behind them."""
+    return output.to(module.output_dtype)
+
+
+def time_embedding(t: Tensor, width: int, min_period: float, max_period: float) -> Tensor:
+    """Sines, then cosines, of 2πt / period for width / 2 periods in geometric progression; t (B,) -> (B, width),
+    float64.
+
+    Computed in float64, because at the shortest period the angle reaches 1600 radians.
+    """
+    fraction = torch.linspace(0.0, 1.0, width // 2, dtype=torch.float64, device=t.device)
+    frequency = 2 * math.pi / min_period * (min_period / max_period) ** fraction
+    angle = t.double()[:, None] * frequency
+    return torch.cat((angle.sin(), angle.cos()), dim=-1)
+
+
+def sample_time(batch: int, device: torch.device | str | None = None) -> Tensor:
+    """Training times (batch,) from Beta(1.5, 1) * 0.999 + 0.001; Beta(a, 1) is u^(1 / a) for uniform u."""
+    return torch.rand(batch, device=device) ** (1 / 1.5) * 0.999 + 0.001

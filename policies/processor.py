@@ -1,0 +1,237 @@
+"""From observations and instructions to a policy's inputs, and from its outputs back to actions.
+
+processor = Processor(config, Tokenizer(), NormStats.from_data(states), NormStats.from_data(actions))
+images, image_mask, tokens, token_mask, state = processor(obs, instructions)
+actions = processor.unnormalize_actions(policy.sample(policy.encode_prefix(images, image_mask, tokens, token_mask),
+state))
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TINY_TOKENIZER = Path(__file__).parent / "assets" / "tiny_tokenizer.model"
+
+
+@dataclass
+class NormStats:
+    """Statistics of one vector, each a float32 array (D,): mean, standard deviation, 1 % and 99 % quantiles."""
+
+    mean: np.ndarray
+    std: np.ndarray
+    q01: np.ndarray
+    q99: np.ndarray
+
+    def __post_init__(self):
+        for name in ("mean", "std", "q01", "q99"):
+            value = np.asarray(getattr(self, name), dtype=np.float32)
+            setattr(self, name, value)
+            if value.ndim != 1 or value.shape != self.mean.shape:
+                raise ValueError(
+                    f"normalisation {name} has shape {value.shape}; expected one vector length for all four"
+                )
+            if not np.isfinite(value).all() or (name == "std" and (value < 0).any()):
+                raise ValueError(
+                    f"normalisation {name} holds NaN, infinity or a negative deviation; compute it from finite data"
+                )
+
+    def __len__(self) -> int:
+        return len(self.mean)
+
+    @classmethod
+    def from_data(cls, data: np.ndarray, min_std: float = 1e-2) -> "NormStats":
+        """Statistics over all but the last axis of data (..., D).
+
+        min_std: floor of the deviation, in the data's units. A value that hardly varies in the demonstrations would
+        otherwise be magnified without limit as soon as the policy leaves them. Raises ValueError if there is no data.
+        """
+        flat = np.asarray(data, dtype=np.float64).reshape(-1, np.shape(data)[-1])  # (N, D)
+        if not len(flat):
+            raise ValueError(f"normalisation data has shape {np.shape(data)}; expected at least one vector")
+        q01, q99 = np.quantile(flat, (0.01, 0.99), axis=0)
+        return cls(flat.mean(axis=0), np.maximum(flat.std(axis=0), min_std), q01, q99)
+
+    @classmethod
+    def identity(cls, dim: int) -> "NormStats":
+        """Statistics that leave a vector (dim,) as it is."""
+        return cls(np.zeros(dim), np.ones(dim), -np.ones(dim), np.ones(dim))
+
+    def to_dict(self) -> dict:
+        """Lists for JSON, in openpi's layout."""
+        return {name: getattr(self, name).tolist() for name in ("mean", "std", "q01", "q99")}
+
+
+class Tokenizer:
+    """A sentencepiece model: the small one that ships with the project, or a path to PaliGemma's."""
+
+    def __init__(self, path: str | Path = TINY_TOKENIZER):
+        """Raises ValueError if the file is missing or no sentencepiece model."""
+        self.path = Path(path)
+        try:
+            self.serialized = self.path.read_bytes()
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=self.serialized)
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"tokenizer {path}: {error}; expected a sentencepiece .model file") from None
+
+    def __len__(self) -> int:
+        return self._model.get_piece_size()
+
+    def encode(self, text: str) -> list[int]:
+        """π0 prompt: begin-of-sequence, the cleaned text, and a separately encoded newline."""
+        cleaned = text.strip().replace("_", " ").replace("\n", " ")
+        return [self._model.bos_id(), *self._model.encode(cleaned), *self._model.encode("\n")]
+
+
+class Processor:
+    """Tokenizer, normalisation and image preparation of one policy.
+
+    B observations, N cameras in the configuration, L text tokens, S and A the padded state and action widths; S_raw and
+    A_raw are the environment's own, known from the statistics.
+    """
+
+    def __init__(
+        self,
+        config,
+        tokenizer: Tokenizer,
+        state_stats: NormStats,
+        action_stats: NormStats,
+        device: torch.device | str = "cpu",
+    ):
+        """Raises ValueError if the statistics or the vocabulary exceed what the policy's config has room for."""
+        for name, stats, limit in (
+            ("state", state_stats, config.state_dim),
+            ("action", action_stats, config.action_dim),
+        ):
+            if len(stats) > limit:
+                raise ValueError(f"{name} has {len(stats)} dimensions, the policy takes {limit}; raise {name}_dim")
+        if len(tokenizer) > config.vocab_size:
+            raise ValueError(
+                f"tokenizer {tokenizer.path} has {len(tokenizer)} pieces, "
+                f"the policy takes {config.vocab_size}; raise vocab_size"
+            )
+        self.config = config
+        self.tokenizer = tokenizer
+        self.state_stats = state_stats
+        self.action_stats = action_stats
+        self.device = torch.device(device)
+        self._tokens: dict[str, tuple[Tensor, Tensor]] = {}
+        self._warned = False
+
+    def __call__(
+        self, obs: dict[str, np.ndarray], instructions: Sequence[str]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Prepare a batch, on `self.device`.
+
+        obs: "state" float (B, S_raw), and "image" uint8 (B, cameras, H, W, 3), which may be absent without cameras in
+        the configuration; instructions: B strings.
+        -> images (B, N, 3, image_size, image_size) float32 in [-1, 1], image_mask (B, N) bool, tokens (B, L) int64,
+        token_mask (B, L) bool, state (B, S) float32. Raises ValueError on shapes that do not fit.
+        """
+        state = self.normalize_state(obs["state"])
+        if len(instructions) != len(state):
+            raise ValueError(f"{len(instructions)} instructions for {len(state)} observations; expected one each")
+        images, image_mask = self.prepare_images(obs.get("image"), len(state))
+        tokens, token_mask = self.tokenize(instructions)
+        return images, image_mask, tokens, token_mask, state
+
+    # ---------------------------------------------------------------- images
+
+    def prepare_images(self, images: np.ndarray | None, batch: int) -> tuple[Tensor, Tensor]:
+        """uint8 images (B, cameras, H, W, 3) -> ((B, N, 3, image_size, image_size) in [-1, 1], mask (B, N)).
+
+        Cameras the observation lacks become all -1 images with mask False. Raises ValueError on too many cameras or
+        another dtype.
+        """
+        N, size = self.config.num_cameras, self.config.image_size
+        given = 0 if images is None or N == 0 else images.shape[1]
+        prepared = torch.full((batch, N, 3, size, size), -1.0, device=self.device)
+        if given:
+            images = torch.as_tensor(images)
+            if (
+                images.ndim != 5
+                or images.shape[0] != batch
+                or given > N
+                or images.shape[-1] != 3
+                or images.dtype != torch.uint8
+            ):
+                raise ValueError(
+                    f"images are {images.dtype} {tuple(images.shape)}; "
+                    f"expected torch.uint8 ({batch}, up to {N} cameras, H, W, 3)"
+                )
+            frames = images.flatten(0, 1).permute(0, 3, 1, 2)  # (B * cameras, 3, H, W)
+            frames = resize_with_padding(frames, size).to(self.device).float()
+            prepared[:, :given] = (frames / 255 * 2 - 1).unflatten(0, (batch, given))
+        mask = (torch.arange(N, device=self.device) < given).expand(batch, N)
+        return prepared, mask
+
+    # ---------------------------------------------------------------- text
+
+    def tokenize(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """B strings -> tokens (B, L) int64, padded on the right with 0, and mask (B, L). Repeated strings are encoded
+        once.
+
+        A longer instruction is cut to L tokens, with one warning.
+        """
+        rows = [self._tokens[text] if text in self._tokens else self._encode(text) for text in instructions]
+        return torch.stack([tokens for tokens, _ in rows]), torch.stack([mask for _, mask in rows])
+
+    def _encode(self, text: str) -> tuple[Tensor, Tensor]:
+        length = self.config.max_token_len
+        ids = self.tokenizer.encode(text)
+        if len(ids) > length and not self._warned:
+            self._warned = True
+            warnings.warn(f"instruction of {len(ids)} tokens cut to max_token_len {length}: {text!r}", stacklevel=4)
+        ids = ids[:length]
+        tokens = torch.tensor(ids + [0] * (length - len(ids)), device=self.device)
+        self._tokens[text] = tokens, torch.arange(length, device=self.device) < len(ids)
+        return self._tokens[text]
+
+    # ---------------------------------------------------------------- state and actions
+
+    def normalize_state(self, state: np.ndarray | Tensor) -> Tensor:
+        """(..., S_raw) -> (..., S) float32: (x - mean) / (std + 1e-6), then zeros."""
+        return self._normalize(state, self.state_stats, self.config.state_dim, "state")
+
+    def normalize_actions(self, actions: np.ndarray | Tensor) -> Tensor:
+        """(..., A_raw) in the environment's units -> (..., A) float32: (x - mean) / (std + 1e-6), then zeros."""
+        return self._normalize(actions, self.action_stats, self.config.action_dim, "action")
+
+    def _normalize(self, x: np.ndarray | Tensor, stats: NormStats, width: int, name: str) -> Tensor:
+        x = torch.as_tensor(x, dtype=torch.float32, device=self.device)
+        if x.shape[-1] != len(stats):
+            raise ValueError(
+                f"{name} has {x.shape[-1]} dimensions; expected {len(stats)}, as in the policy's statistics"
+            )
+        mean, std = torch.as_tensor(stats.mean, device=x.device), torch.as_tensor(stats.std, device=x.device)
+        return F.pad((x - mean) / (std + 1e-6), (0, width - len(stats)))
+
+    def unnormalize_actions(self, actions: np.ndarray | Tensor) -> np.ndarray | Tensor:
+        """(..., A) -> (..., A_raw) in the environment's units; numpy gives numpy, a tensor gives a tensor."""
+        stats = self.action_stats
+        actions = actions[..., : len(stats)]
+        if isinstance(actions, Tensor):
+            mean, std = (torch.as_tensor(v, device=actions.device) for v in (stats.mean, stats.std))
+            return actions.float() * (std + 1e-6) + mean
+        return np.asarray(actions, dtype=np.float32) * (stats.std + np.float32(1e-6)) + stats.mean
+
+
+def resize_with_padding(images: Tensor, size: int) -> Tensor:
+    """Fit uint8 images (B, 3, H, W) into squares (B, 3, size, size), aspect kept, centred on black.
+
+    Bilinear with antialiasing, as PIL resizes and thus as the published policies' data were prepared.
+    """
+    height, width = images.shape[-2:]
+    if (height, width) == (size, size):
+        return images
+    ratio = max(height, width) / size
+    new_height, new_width = max(1, int(height / ratio)), max(1, int(width / ratio))
+    resized = F.interpolate(images, (new_height, new_width), mode="bilinear", antialias=True)
+    top, left = (size - new_height) // 2, (size - new_width) // 2
+    return F.pad(resized, (left, size - new_width - left, top, size - new_height - top))
