@@ -124,7 +124,7 @@ def main(args: Args) -> None:
 
     def encode(rows: torch.Tensor) -> policies.Prefix:
         images, image_mask, tokens, token_mask, _ = policy.processor(
-            {"image": data.image[rows], "state": data.state[rows]}, instructions * len(rows)
+            {"image": data.image[rows.numpy()], "state": data.state[rows.numpy()]}, instructions * len(rows)
         )
         return policy.encode_prefix(images, image_mask, tokens, token_mask)
 

@@ -7,10 +7,12 @@ from typing import Any
 
 from envs.spec import EnvError, EnvSpec
 
-__all__ = ["EVAL_SEED", "EnvError", "EnvSpec", "make"]
+__all__ = ["EVAL_SEED", "TRAIN_SEEDS", "EnvError", "EnvSpec", "make"]
 
+TRAIN_SEEDS = 500_000_000
+"""Training episodes use seeds below this, demonstrations those from here to EVAL_SEED."""
 EVAL_SEED = 1_000_000_000
-"""Evaluation episodes use seeds from here on; training and demonstrations use smaller ones, so the two never meet."""
+"""Evaluation episodes use seeds from here on: training, demonstrations and evaluation never share an initial state."""
 
 
 def make(

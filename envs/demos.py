@@ -21,12 +21,11 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
+from envs import TRAIN_SEEDS
 from envs.spec import EnvError
 
 FORMAT = "pi-stepnft-demos-1"
 ARRAYS = ("image", "state", "action", "objects")
-DEMO_SEED = 500_000_000
-"""Demonstrations use seeds from here on, apart from training's and evaluation's."""
 
 
 @dataclass
@@ -81,7 +80,7 @@ def demonstrate(env, seed: int, noise: float) -> dict | None:
     return {name: np.stack(values) for name, values in rows.items()} | {"seed": seed} if env.success else None
 
 
-def collect(path: str | Path, venv, count: int, *, noise: float = 0.0, first_seed: int = DEMO_SEED, progress: bool = True) -> Demos:
+def collect(path: str | Path, venv, count: int, *, noise: float = 0.0, first_seed: int = TRAIN_SEEDS, progress: bool = True) -> Demos:
     """Write `count` successful episodes of the task's expert to `path` and read them back.
 
     venv: an `envs.pool.ChunkVecEnv`, whose workers run the experts. The file appears when it is complete, never half-written.

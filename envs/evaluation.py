@@ -44,6 +44,31 @@ class Evaluation:
         return f"{100 * self.rate:.1f} % [{100 * low:.1f}, {100 * high:.1f}] of {len(self.success)} episodes"
 
 
+def plot_curve(curve: list[dict], path: str | Path, title: str) -> None:
+    """Success with its 95 % interval over environment steps, and over minutes of training, as a PNG.
+
+    curve: one dict per evaluation with "env_steps", "minutes", "success" (0 to 1) and "episodes".
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rates = np.array([100 * point["success"] for point in curve])
+    bounds = np.array([wilson(point["success"] * point["episodes"], point["episodes"]) for point in curve]) * 100
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
+    for axis, key, label in zip(axes, ("env_steps", "minutes"), ("environment steps", "minutes of training"), strict=True):
+        x = [point[key] for point in curve]
+        axis.fill_between(x, bounds[:, 0], bounds[:, 1], alpha=0.2, linewidth=0)
+        axis.plot(x, rates, marker="o", markersize=3)
+        axis.set(xlabel=label, ylim=(0, 100))
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("success, %")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def evaluate(venv, act: Act, episodes: int, *, execute: int, seed: int = EVAL_SEED, progress: str = "") -> Evaluation:
     """Success (once within the limit) of `act` over `episodes` episodes with seeds seed, seed + 1, …, in rounds of venv.num_envs.
 

@@ -4,23 +4,25 @@
     expert.reset()
     env.step(expert.act())                                # (7,) float32 in [-1, 1]
 
-Every expert is a function of the current simulator state, with no phase counter: it looks where the gripper, the object and
-the goal are and heads for the next point, so it recovers by itself from noise in the executed actions, from a lost grasp or
-from being started in the middle of somebody else's episode, and the state (or the picture) is all that a policy needs
-to imitate it. All lengths are in metres in the world frame, whose axes are the robot base's; angles are in radians.
+Every expert is a function of the current simulator state, with no phase counter: it looks where the gripper, the
+object and the goal are and heads for the next point. So it recovers by itself from noise in the executed actions,
+from a lost grasp or from being started in the middle of an episode, and the state (or the picture) is all that a
+policy needs to imitate it. Lengths are in metres in the world frame, whose axes are the robot base's; angles are in
+radians.
 
 Facts of the controller, measured in mani-skill 3.0.1 and read in `agents/controllers/pd_ee_pose.py`:
 
-* Translation is root-aligned, 0.1 m of commanded offset from the *current* pose per unit of action (`use_target=False`).
-  The overdamped drives (stiffness 1000, damping 100: a time constant of 0.1 s against a control step of 0.05 s) cover
-  1 - exp(-0.5) = 39 % of it within the step, and stop when the command stops. One unit thus moves 0.039 m.
+* Translation is root-aligned: one unit of action commands 0.1 m from the *current* pose (`use_target=False`). The
+  overdamped drives (stiffness 1000, damping 100: a time constant of 0.1 s against a control step of 0.05 s) cover
+  1 - exp(-0.5) = 39 % of it within the step and all but stop when the command does. One unit thus moves 0.039 m.
 * Rotation is about the root's axes through the tool centre point, with a *negated* sign (the controller multiplies by
-  `rot_lower`): one unit commands -0.1 rad and moves -0.039 rad. A quarter turn takes 40 steps, so experts hardly rotate.
-* A commanded pose that inverse kinematics cannot reach, be it 0.1 m away on the path to a near point, makes the arm stand
-  still (`set_action` falls back to the current joints): commands are shortened to what the outstretched arm reaches.
-* Gripper: +1 is open (each finger 0.04 m from the centre), -1 closed (target -0.01 m, so that thin things are squeezed),
-  linear in between.
+  `rot_lower`): one unit commands -0.1 rad and moves -0.039 rad. A quarter turn takes 40 steps: experts hardly rotate.
+* A commanded pose that inverse kinematics cannot reach, be it 0.1 m away on the path to a near point, makes the arm
+  stand still (`set_action` falls back to the current joints): commands are shortened to what the arm reaches.
+* Gripper: +1 is open (each finger 0.04 m from the centre), -1 closed (target -0.01 m, so that thin things are
+  squeezed), linear in between.
 """
+
 from __future__ import annotations
 
 import numpy as np
@@ -35,7 +37,8 @@ FINGERS_DOWN = np.array([[0.0, 1.0, 0.0, 0.0], [0.0, 0.5**0.5, 0.5**0.5, 0.0], [
 OPEN, CLOSE = 1.0, -1.0
 # The Panda's geometry (Franka's Denavit-Hartenberg parameters), in m, for a hand that points down:
 SHOULDER = np.array([0.0, 0.0, 0.333])  # above the base
-WRIST_UP, WRIST_BACK = 0.107 + 0.1034, 0.088  # from the tool centre point to the wrist's centre: up, and towards the base
+WRIST_UP = 0.107 + 0.1034  # from the tool centre point up to the wrist's centre
+WRIST_BACK = 0.088  # and back from it towards the base
 REACH = 0.71  # shoulder to wrist; stretched it is hypot(0.316, 0.0825) + hypot(0.384, 0.0825) = 0.719
 
 
@@ -47,8 +50,9 @@ def rotation_vector(target, current) -> np.ndarray:
     # 2 sin(angle / 2), exact enough for the small tilts corrected here; the sign picks the shorter way round
     return 2 * np.copysign(1.0, real) * imag
 
+
 def position(actor) -> np.ndarray:
-    """World position (3,) of a ManiSkill actor of a single environment, without the torch round trip of `actor.pose`."""
+    """World position (3,) of a ManiSkill actor of a single environment, past the torch round trip of `actor.pose`."""
     return actor._objs[0].pose.p
 
 
@@ -64,8 +68,8 @@ class Expert:
         given = (base_env.num_envs, base_env.control_mode, base_env.robot_uids)
         if given[:2] != (1, "pd_ee_delta_pose") or given[2] not in self.robots:
             raise ValueError(
-                f"{type(self).__name__} expert got (num_envs, control_mode, robot_uids) = {given}: make the environment "
-                f"with num_envs=1, control_mode='pd_ee_delta_pose' and robot_uids one of {self.robots}"
+                f"{type(self).__name__} expert got (num_envs, control_mode, robot_uids) = {given}: make the "
+                f"environment with num_envs=1, control_mode='pd_ee_delta_pose' and robot_uids one of {self.robots}"
             )
         self.env = base_env
 
@@ -83,7 +87,8 @@ class Expert:
         down = FINGERS_DOWN[np.abs(FINGERS_DOWN @ pose.q).argmax()]
         action = np.empty(7, np.float32)
         step = GAIN / STEP_FRACTION * (point - self.tcp)
-        step *= min(1.0, COMMAND / max(np.abs(step).max(), 1e-9))  # saturate along the line, not per axis: stay straight
+        # Saturate along the line, not per axis, so that the path is straight.
+        step *= min(1.0, COMMAND / max(np.abs(step).max(), 1e-9))
         action[:3] = (self.reachable(self.tcp + step) - self.tcp) / COMMAND
         action[3:6] = -TILT_GAIN / STEP_FRACTION / COMMAND * rotation_vector(down, pose.q)
         action[3:6] /= max(1.0, np.linalg.norm(action[3:6]))
@@ -114,10 +119,10 @@ class Expert:
     def grasp(self, point, half_width, aim=0.013) -> tuple[bool, np.ndarray, float]:
         """Fetch what is at `point` and up to 2 `half_width` wide: whether it is held, and the waypoint until it is."""
         offset = np.abs(point - self.tcp)
-        # sqrt(2) half widths, since a cube gripped across its edges is held as well, or the peg's exact width + a little
+        # Above sqrt(2) half widths, since a cube gripped across its edges is held as well; the open hand's 0.04 is not.
         closed = self.fingers < min(1.5 * half_width, 0.03)
         # Wider bounds once the fingers are round it, or noise at the bounds would open them again.
-        within = (offset < ([0.025, 0.025, 0.02] if closed else [aim, aim, 0.01])).all()
+        within = (offset < (0.025 if closed else aim)).all()
         return within and closed, point if within else self.funnel(point), CLOSE if within else OPEN
 
 
@@ -134,7 +139,7 @@ class PickCube(Expert):
 
 
 class PushCube(Expert):
-    """Go behind the 0.04 m cube, seen from the goal disc, and push it there with closed fingers. Serves PullCube as well.
+    """Go behind the 0.04 m cube, seen from the goal disc, and push it there with closed fingers. Does PullCube too.
 
     Success: cube within 0.1 m of the disc's centre, which starts 0.2 m away along x: +x to push, -x to pull
     (`push_cube.py`, `pull_cube.py`).
@@ -156,10 +161,11 @@ class PushCube(Expert):
 
 
 class Place(Expert):
-    """Carry an object over a support, lower it, let go and rise. Subclasses name both and say where the object rests."""
+    """Carry an object over a support, lower it, let go and rise. A subclass says which, and where it comes to rest."""
 
     half_width = 0.02  # m of the object
     aim = 0.013  # m off its centre at which the fingers may close
+    near = 0.01  # m off its resting place, horizontally, at which it is let go
     drop = 0.0  # m above its resting place where the object is let go
     hover = 0.05  # m above its resting place at which the object travels
 
@@ -171,7 +177,7 @@ class Place(Expert):
         thing, rest = self.objects()
         away, height = np.linalg.norm((thing - rest)[:2]), (thing - rest)[2]
         opening = self.fingers > 1.5 * self.half_width
-        if away < (0.02 if opening else 0.006) and height < self.drop + 0.006:
+        if away < (0.02 if opening else self.near) and height < self.drop + 0.006:
             # Rise when the fingers are clear of it, or they would drag it along.
             return np.array([*self.tcp[:2], rest[2] + 0.08 if self.fingers > 0.035 else self.tcp[2]]), OPEN
         held, point, grip = self.grasp(thing, self.half_width, self.aim)
@@ -202,6 +208,7 @@ class PlaceSphere(Place):
     """
 
     aim = 0.008  # gripped off-centre it leaves the fingers spinning, and a ball spins on for long
+    near = 0.006
     drop = 0.012
 
     def objects(self):
@@ -211,8 +218,8 @@ class PlaceSphere(Place):
 class LiftPegUpright(Expert):
     """Raise the peg (0.24 x 0.05 x 0.05 m, lying along x) by its near end, about its far end, until it stands.
 
-    The wrist is too slow to turn it (40 steps for a quarter turn): the fingers hold so gently that the peg swings between
-    them like a door on its hinge, and stands by its weight.
+    The wrist is too slow to turn it (40 steps for a quarter turn): the fingers hold so gently that the peg swings
+    between them like a door on its hinge.
     Success: upright within 0.08 rad and centre 0.12 +- 0.005 m high (`lift_peg_upright.py`).
     """
 

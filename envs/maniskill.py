@@ -49,9 +49,14 @@ def instruction(env_id: str) -> str:
 def _registry():
     """ManiSkill's task registry. Imports SAPIEN, so the driver must be chosen first."""
     vulkan.ensure_driver()
-    import mani_skill.envs  # noqa: F401 (registers the tasks)
-    from mani_skill.utils import assets
-    from mani_skill.utils.registration import REGISTERED_ENVS
+    try:
+        import mani_skill.envs  # noqa: F401 (registers the tasks)
+        from mani_skill.utils import assets
+        from mani_skill.utils.registration import REGISTERED_ENVS
+    except ImportError as error:
+        if vulkan.is_driver_error(error):
+            raise EnvError(vulkan.no_driver_message()) from error
+        raise EnvError(f"ManiSkill cannot be imported ({error}): pip install mani-skill") from error
 
     return REGISTERED_ENVS, assets
 
@@ -104,7 +109,7 @@ def _make(spec: EnvSpec, num_envs: int, backend: str) -> gym.Env:
         with light_meshes(spec.mesh_keep if backend == "cpu" else 1.0):
             env = gym.make(spec.env_id, disable_env_checker=True, **kwargs)
     except RuntimeError as error:
-        if any(word in str(error) for word in ("ulkan", "rendering device", "render device", "Renderer")):
+        if vulkan.is_driver_error(error):
             raise EnvError(vulkan.no_driver_message()) from error
         raise EnvError(f"{spec.env_id} could not be created: {str(error).splitlines()[0]}") from error
     except (KeyError, NotImplementedError, AssertionError, TypeError) as error:

@@ -5,10 +5,20 @@ prefix = policy.encode_prefix(images, image_mask, tokens, token_mask)
 actions = policy.processor.unnormalize_actions(policy.sample(prefix, state))
 """
 
-from policies.checkpoint import CheckpointError, bundled, load, save
+from policies.checkpoint import (
+    CheckpointError,
+    bundled,
+    load,
+    load_training,
+    load_weights,
+    read_json,
+    save,
+    save_training,
+)
 from policies.pi0 import Pi0, Pi0Config, Prefix
 from policies.processor import NormStats, Processor, Tokenizer
 
 __all__ = [
-    "CheckpointError", "NormStats", "Pi0", "Pi0Config", "Prefix", "Processor", "Tokenizer", "bundled", "load", "save",
+    "CheckpointError", "NormStats", "Pi0", "Pi0Config", "Prefix", "Processor", "Tokenizer", "bundled", "load", "load_training",
+    "load_weights", "read_json", "save", "save_training",
 ]  # fmt: skip

@@ -9,6 +9,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -236,3 +237,56 @@ def listing(names: list[str], limit: int = 10) -> str:
     """The first names, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+# -------------------------------------------------------------------- progress of a training run
+
+
+def save_training(folder: str | Path, optimizer: torch.optim.Optimizer, rng: np.random.Generator, progress: dict) -> None:
+    """Write what a run needs to go on, besides its policies: `training.safetensors` and `training.json`.
+
+    Holds the optimizer's tensors, torch's and Python's and `rng`'s states, and `progress`, a dictionary of plain JSON values.
+    Both files are written beside their targets first and then renamed. Raises CheckpointError if that fails.
+    """
+    folder = Path(folder)
+    tensors = {"torch_rng": torch.get_rng_state()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": value.detach().cpu().contiguous() for name, value in state.items()}
+    text = json.dumps({"numpy_rng": rng.bit_generator.state, "progress": progress}, indent=2)
+    temporary = folder / ".training.safetensors.tmp", folder / ".training.json.tmp"
+    try:
+        save_file(tensors, temporary[0])
+        temporary[1].write_text(text)
+        os.replace(temporary[0], folder / "training.safetensors")
+        os.replace(temporary[1], folder / "training.json")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"training state not saved to {folder}: {error}; an older one there is unchanged") from None
+
+
+def load_training(folder: str | Path, optimizer: torch.optim.Optimizer, rng: np.random.Generator) -> dict:
+    """Restore what `save_training` wrote into `optimizer`, `rng` and torch's generator; returns `progress`.
+
+    Raises CheckpointError if a file is missing or does not fit the optimizer.
+    """
+    folder = Path(folder)
+    stored = read_json(folder / "training.json")
+    try:
+        tensors = load_file(folder / "training.safetensors")
+        torch.set_rng_state(tensors.pop("torch_rng"))
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            _, index, name = key.split(".")
+            state.setdefault(int(index), {})[name] = value
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        rng.bit_generator.state = stored["numpy_rng"]
+        return stored["progress"]
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{folder} holds no training state to go on with: {error}") from None
+
+
+def read_json(path: str | Path) -> dict:
+    """A JSON object. Raises CheckpointError if the file is missing or broken."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None

@@ -1,0 +1,499 @@
+# Docs: docs/stepnft.md. Online RL for π0 without critic or likelihood: python algos/stepnft_pi0.py --env-id PickCube-v1
+"""π-StepNFT (arXiv 2603.02083) for π0: noisy Flow-SDE rollouts, one remembered solver transition per action chunk, mirrored
+velocity branches, a logistic ranking loss, a slowly moving rollout policy."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import random
+import shlex
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, without an installation
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import envs
+import policies
+from envs.evaluation import evaluate, plot_curve, record, wilson
+
+
+@dataclass
+class Args:
+    env_id: str = "PickCube-v1"
+    """ManiSkill task"""
+    obs_mode: Literal["rgb", "state"] = "rgb"
+    """rgb: camera image, proprioception and goal; state: no camera, privileged object poses in the state"""
+    checkpoint: str | None = None
+    """policy to start from: a folder or a bundled name; default: the bundled one for the task and obs mode"""
+    resume: str | None = None
+    """run folder (runs/<name>) to go on with, under its own arguments (--iterations may extend it)"""
+    seed: int = 1
+    """seed of everything random"""
+    iterations: int = 40
+    """rollout + update rounds (authors: 400 LIBERO, 240 ManiSkill)"""
+    max_minutes: float = 26.0
+    """stop training after so many minutes even if iterations remain; 0: no limit"""
+    train: Literal["expert", "all"] = "expert"
+    """expert: the VLM is frozen and each prefix is computed once (the authors' choice); all: everything is trained"""
+
+    # rollout
+    num_envs: int = 64
+    """environments side by side"""
+    rollout_epochs: int = 4
+    """rounds of episodes per iteration: num_envs × rollout_epochs episodes (authors: 64 × 8 LIBERO, 128 × 10 ManiSkill)"""
+    execute: int = 0
+    """actions executed of each predicted chunk; 0: as in the checkpoint (authors: 5, LIBERO-long 10)"""
+    num_steps: int = 4
+    """solver steps K (authors: 4)"""
+    noise_level: float = 0.3
+    """a of σ_t = a·sqrt(t / (1 − t)), the exploration noise on every solver step (authors: 0.2)"""
+    transitions: Literal["random", "all"] = "all"
+    """which solver transitions of a chunk to learn from: one random (the paper) or all K (same environment cost)"""
+    labels: Literal["binary", "group"] = "group"
+    """binary: ±1 by success (the paper); group: success relative to the episodes from the same initial state"""
+    group_size: int = 16
+    """episodes from one initial state (authors: 1; label group needs more)"""
+
+    # update
+    update_epochs: int = 4
+    """passes over each iteration's chunks (authors: π0 2 to 5)"""
+    num_minibatches: int = 8
+    """minibatches per epoch: few and large, as Adam's full-size steps amplify gradient noise"""
+    learning_rate: float = 1e-4
+    """Adam's (authors: 1e-5 LIBERO, 8e-6 ManiSkill, at 3 B parameters)"""
+    warmup_iterations: int = 5
+    """iterations of linear learning-rate warm-up"""
+    max_grad_norm: float = 1.0
+    """gradient clipping (authors: 1)"""
+    beta: float = 1.0
+    """β, how far the mirrored branches v_old ± β·Δv lie apart (authors: 1)"""
+    max_drift: float = 0.5
+    """limit on the norm of Δv per action position (authors' code: 0.5)"""
+    tr_coef: float = 1e-4
+    """λ of the trust-region term λ·mean (v_θ − v_old)² (authors: 1e-4)"""
+    std_eps: float = 1e-4
+    """added to the variance of a solver step (authors' code: 1e-4)"""
+    granularity: Literal["position", "chunk"] = "chunk"
+    """rank each action position on its own (authors' code) or the chunk as a whole (the paper)"""
+    mask_padding: bool = True
+    """leave padded action dimensions and positions that are never executed out of the loss (authors' code: False)"""
+    ema_start: float = 0.1
+    """α of θ_old ← α·θ_old + (1 − α)·θ at the first iteration (authors: 0.1)"""
+    ema_end: float = 0.9
+    """α at the end of its schedule (authors: 0.995)"""
+    ema_horizon: int = 60
+    """iterations of α's cosine schedule (authors' files: 1000, for runs of 400)"""
+
+    # evaluation and logging
+    eval_every: int = 10
+    """iterations between evaluations on held-out seeds; 0: only before and after"""
+    eval_episodes: int = 128
+    """episodes of an evaluation while training"""
+    final_eval_episodes: int = 256
+    """episodes of the evaluations before and after"""
+    save_every: int = 10
+    """iterations between checkpoints"""
+    video: bool = True
+    """write videos/<run name>.mp4 at the end"""
+    track: bool = False
+    """log to Weights & Biases too (offline without an account)"""
+    num_threads: int = 0
+    """torch threads; 0: one per core"""
+    device: str = "auto"
+    """cpu, cuda, or auto"""
+
+
+# ------------------------------------------------------------------------------------------------------------ the method
+
+
+def flow_sde_step(
+    x_t: torch.Tensor, v: torch.Tensor, step: torch.Tensor, *, num_steps: int, noise_level: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of one Flow-SDE step, x_next ~ N(μ(v), std²): the marginals of the flow ODE, with noise.
+
+    x_t, v: (B, H, A); step i: (B,) int in [0, num_steps), time t_i = 1 − i/K (1 noise, 0 action). Returns μ (B, H, A) and
+    std (B, 1, 1). `noise_level` 0 gives the Euler step x_t − δ·v. The sampler and the loss both call this function.
+    """
+    delta = 1.0 / num_steps
+    t = (1 - step * delta).view(-1, 1, 1)
+    # σ_t = a·sqrt(t / (1 − t)); at t = 1 the denominator is that of the next time, 1 − t_1 = δ
+    sigma = noise_level * (t / torch.where(step.view(-1, 1, 1) == 0, delta, 1 - t)).sqrt()
+    x0_hat = x_t - t * v  # the action end of the straight path
+    x1_hat = x_t + (1 - t) * v  # its noise end
+    mean = x0_hat * (1 - (t - delta)) + x1_hat * ((t - delta) - sigma**2 * delta / (2 * t))
+    return mean, sigma * delta**0.5
+
+
+def flow_sde_sample(
+    policy: policies.Pi0, prefix: policies.Prefix, state: torch.Tensor, *, num_steps: int, noise_level: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Explore: sample action chunks with noise on every solver step.
+
+    Returns the whole path x (B, K + 1, H, A), whose last entry is the action chunk, and the velocities v (B, K, H, A).
+    """
+    B = len(state)
+    x = torch.randn(B, policy.config.horizon, policy.config.action_dim, device=state.device)
+    xs, vs = [x], []
+    for i in range(num_steps):
+        step = torch.full((B,), i, device=x.device)
+        v = policy.velocity(prefix, state, x, 1 - step / num_steps).float()
+        mean, std = flow_sde_step(x, v, step, num_steps=num_steps, noise_level=noise_level)
+        x = mean + std * torch.randn_like(mean)
+        xs.append(x)
+        vs.append(v)
+    return torch.stack(xs, 1), torch.stack(vs, 1)
+
+
+def stepnft_loss(
+    v_theta: torch.Tensor,
+    v_old: torch.Tensor,
+    x_t: torch.Tensor,
+    x_next: torch.Tensor,
+    step: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    num_steps: int,
+    noise_level: float,
+    beta: float = 1.0,
+    max_drift: float = 0.5,
+    tr_coef: float = 1e-4,
+    std_eps: float = 1e-4,
+    granularity: str = "position",
+    mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Align: rank the mirrored branches v± = v_old ± β·Δv by how well their solver step explains the remembered x_next.
+
+    v_theta, v_old, x_t, x_next: (B, H, A); step: (B,) int in [0, num_steps); labels y: (B,) in [-1, 1], +1 after success.
+    granularity: "position" ranks each of the H action positions (the released code), "chunk" their sum (the paper).
+    mask: (H, A) or (B, H, A) bool, entries that count; None counts all, padded ones included (the released code).
+
+        loss = softplus( ½·y·(E⁺ − E⁻) ) + λ·mean (v_θ − v_old)²,   E± = Σ (x_next − μ(v±))² / (std² + std_eps)
+
+    Success pulls v_θ to where the branch v⁺ explains the executed step better than its mirror image, failure pushes it away.
+    At θ = θ_old the loss is log 2. Returns the scalar loss and metrics: pref_acc (share of the rankings that agree with the
+    label's sign), drift (mean ‖Δv‖ per position before the limit), drift_limited (share of positions at the limit), ranking.
+    """
+    weight = torch.ones_like(x_t) if mask is None else mask.to(x_t).expand_as(x_t)
+    difference = (v_theta - v_old) * weight
+    # The limit's coefficient carries gradient, as in the released code; 1e-12 keeps the root differentiable at zero.
+    norm = (difference.square().sum(-1, keepdim=True) + 1e-12).sqrt()  # (B, H, 1)
+    dv = difference * (max_drift / norm).clamp(max=1.0)
+
+    kwargs = dict(num_steps=num_steps, noise_level=noise_level)
+    mean_plus, std = flow_sde_step(x_t, v_old + beta * dv, step, **kwargs)
+    mean_minus, _ = flow_sde_step(x_t, v_old - beta * dv, step, **kwargs)
+    variance = std**2 + std_eps
+    energy_plus = (weight * (x_next - mean_plus) ** 2 / variance).sum(-1)  # (B, H)
+    energy_minus = (weight * (x_next - mean_minus) ** 2 / variance).sum(-1)
+    y = labels.view(-1, 1)
+    counted = weight.amax(-1)  # (B, H) positions with anything to rank
+    if granularity == "chunk":
+        energy_plus, energy_minus = energy_plus.sum(1, keepdim=True), energy_minus.sum(1, keepdim=True)  # (B, 1)
+        counted = torch.ones_like(energy_plus)
+    margin = 0.5 * y * (energy_plus - energy_minus)  # negative where the ranking agrees with the label
+    ranking = (F.softplus(margin) * counted).sum() / counted.sum()
+    loss = ranking + tr_coef * difference.square().sum() / weight.sum()
+    with torch.no_grad():
+        positions = weight.amax(-1, keepdim=True)
+        metrics = dict(
+            ranking=ranking.detach(),
+            pref_acc=((margin < 0) * counted).sum() / counted.sum(),
+            drift=(norm * positions).sum() / positions.sum(),
+            drift_limited=((norm > max_drift) * positions).sum() / positions.sum(),
+        )
+    return loss, metrics
+
+
+def episode_labels(success: np.ndarray, group: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """Labels y in [-1, 1] per episode (E,), and which episodes carry signal (E,) bool.
+
+    "binary": ±1 by success. "group": (success − group mean) / group deviation, clipped to ±1; a group in which every episode
+    succeeds, or none, tells nothing about the actions and is dropped.
+    """
+    if kind == "binary":
+        return np.where(success, 1.0, -1.0), np.ones(len(success), bool)
+    labels, keep = np.zeros(len(success)), np.zeros(len(success), bool)
+    for g in np.unique(group):
+        members = group == g
+        p = success[members].mean()
+        if 0 < p < 1:
+            labels[members] = np.clip((success[members] - p) / np.sqrt(p * (1 - p)), -1, 1)
+            keep[members] = True
+    return labels, keep
+
+
+def ema_decay(iteration: int, start: float, end: float, horizon: int) -> float:
+    """α of θ_old ← α·θ_old + (1 − α)·θ: a cosine from `start` to `end` over `horizon` iterations."""
+    return end + (start - end) * 0.5 * (1 + np.cos(np.pi * min(1.0, iteration / max(1, horizon))))
+
+
+@torch.no_grad()
+def update_rollout_policy(rollout_parameters, parameters, decay: float) -> None:
+    """θ_old ← α·θ_old + (1 − α)·θ."""
+    for old, new in zip(rollout_parameters, parameters, strict=True):
+        old.lerp_(new, 1 - decay)
+
+
+# ------------------------------------------------------------------------------------------------------------- the program
+
+
+def check(args: Args) -> None:
+    """Raise envs.EnvError, in one line, for arguments that cannot work."""
+    for name in ("iterations", "num_envs", "rollout_epochs", "num_steps", "group_size", "update_epochs", "num_minibatches",
+                 "eval_episodes", "final_eval_episodes", "save_every"):  # fmt: skip
+        if getattr(args, name) < 1:
+            raise envs.EnvError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    for name in ("execute", "eval_every", "warmup_iterations", "max_minutes", "tr_coef", "std_eps"):
+        if getattr(args, name) < 0:
+            raise envs.EnvError(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
+    for name in ("noise_level", "learning_rate", "beta", "max_drift", "max_grad_norm"):
+        if not getattr(args, name) > 0:
+            raise envs.EnvError(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
+    if args.num_envs % args.group_size:
+        raise envs.EnvError(f"--num-envs {args.num_envs} must be a multiple of --group-size {args.group_size}")
+    if args.labels == "group" and args.group_size < 2:
+        raise envs.EnvError("--labels group compares episodes from one initial state: give --group-size of at least 2")
+
+
+if __name__ == "__main__":
+    try:
+        args = tyro.cli(Args, description=__doc__)
+        if args.resume:  # the run's own arguments; more iterations and other threads are welcome
+            stored = policies.read_json(Path(args.resume) / "args.json")
+            args = replace(Args(**stored), resume=args.resume, num_threads=args.num_threads,
+                           iterations=max(args.iterations, stored["iterations"]))  # fmt: skip
+        check(args)
+        checkpoint = args.checkpoint or f"pi0-tiny-{args.env_id.split('-')[0].lower()}-{args.obs_mode}"
+        if not args.checkpoint and checkpoint not in policies.bundled():
+            raise envs.EnvError(
+                f"no bundled checkpoint for {args.env_id} in {args.obs_mode} mode; make one with: python algos/sft_pi0.py "
+                f"--env-id {args.env_id} --obs-mode {args.obs_mode} --output runs/sft, then add --checkpoint runs/sft"
+            )
+        run_name = Path(args.resume).name if args.resume else f"stepnft-{args.env_id}-{args.obs_mode}-{args.seed}-{int(time.time())}"
+        run = Path("runs") / run_name if not args.resume else Path(args.resume)
+
+        # Seeds
+        random.seed(args.seed)
+        np.random.seed(args.seed)
+        torch.manual_seed(args.seed)
+        rng = np.random.default_rng(args.seed)  # initial states of the training episodes
+        torch.set_num_threads(args.num_threads or os.cpu_count())
+        device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu"))
+
+        # Policy θ and rollout policy θ_old; they share the frozen VLM
+        policy = policies.load(run / "policy" if args.resume else checkpoint, device)
+        trained_on = policy.meta.get("obs_mode", args.obs_mode)
+        if trained_on != args.obs_mode:
+            raise envs.EnvError(f"{checkpoint} was trained in {trained_on} mode: add --obs-mode {trained_on} or another --checkpoint")
+        if args.train == "expert":
+            policy.freeze_vlm()
+        shared = {id(m): m for m in policy.vlm_modules()} if args.train == "expert" else {}
+        rollout_policy = copy.deepcopy(policy, shared)
+        parameters = policy.expert_parameters() if args.train == "expert" else list(policy.parameters())
+        rollout_parameters = rollout_policy.expert_parameters() if args.train == "expert" else list(rollout_policy.parameters())
+        optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, betas=(0.9, 0.95), eps=1e-5)  # the authors' Adam
+        H, A = policy.config.horizon, policy.config.action_dim
+        execute = args.execute or policy.meta.get("execute", H)
+        if execute > H:
+            raise envs.EnvError(f"--execute {execute} is longer than the {H} actions that {checkpoint} predicts")
+        K = args.num_steps
+        mask = torch.ones(H, A, dtype=torch.bool, device=device)
+        if args.mask_padding:
+            mask[execute:] = False
+            mask[:, len(policy.processor.action_stats.mean) :] = False
+
+        # Environments
+        venv = envs.make(
+            args.env_id, args.num_envs, obs_mode=args.obs_mode, seed=args.seed, chunk=execute,
+            image_size=policy.config.image_size, observe_terminal=False,
+        )  # fmt: skip
+        for name, given, expected in (
+            ("state", venv.single_observation_space["state"].shape[0], len(policy.processor.state_stats.mean)),
+            ("action", venv.action_dim, len(policy.processor.action_stats.mean)),
+        ):
+            if given != expected:
+                raise envs.EnvError(f"{checkpoint} was made for {expected} {name} dimensions, {args.env_id} has {given}: it is another task's")
+
+        # Resume
+        iteration, env_steps, trained_s, curve = 0, 0, 0.0, []
+        if args.resume:
+            policies.load_weights(rollout_policy, run / "rollout_policy" / "model.safetensors")
+            progress = policies.load_training(run, optimizer, rng)
+            iteration, env_steps, trained_s, curve = (progress[k] for k in ("iteration", "env_steps", "trained_s", "curve"))
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "args.json").write_text(json.dumps(asdict(args) | {"resume": None}, indent=2))
+        if args.track:
+            import wandb
+
+            wandb.init(project="pi-stepnft", name=run_name, config=asdict(args), sync_tensorboard=True,
+                       mode=None if os.environ.get("WANDB_API_KEY") else "offline")  # fmt: skip
+        writer = SummaryWriter(str(run))
+        writer.add_text("hyperparameters", json.dumps(asdict(args), indent=2))
+
+        def success_rate(which: policies.Pi0, episodes: int, label: str):
+            """Success by the ODE on held-out seeds, the same ones and the same noise every time."""
+            which.eval()
+            generator = torch.Generator(device).manual_seed(0)
+            return evaluate(venv, lambda obs, text: which.act(obs, text, K, generator), episodes, execute=execute, progress=label)
+
+        def save() -> None:
+            policy.meta = rollout_policy.meta = policy.meta | {
+                "execute": execute, "num_steps": K, "stepnft": {"iteration": iteration, "env_steps": env_steps, "seed": args.seed},
+            }  # fmt: skip
+            policies.save(policy, run / "policy")
+            policies.save(rollout_policy, run / "rollout_policy")
+            policies.save_training(run, optimizer, rng, dict(iteration=iteration, env_steps=env_steps, trained_s=trained_s, curve=curve))
+            plot_curve(curve, run / "curve.png", f"{args.env_id} ({args.obs_mode}), seed {args.seed}")
+
+        if not curve:
+            before = success_rate(policy, args.final_eval_episodes, "evaluation before")
+            curve.append(dict(iteration=0, env_steps=0, minutes=0.0, success=before.rate, episodes=len(before.success)))
+            print(f"before: {before}")
+        start = time.time() - trained_s
+        bar = tqdm(total=args.iterations, initial=iteration, desc="StepNFT", smoothing=0.1)
+        while iteration < args.iterations and not (args.max_minutes and trained_s > 60 * args.max_minutes):
+            # ------------------------------------------------------------------ rollout: explore with θ_old, remember transitions
+            began = time.time()
+            chunks, success, lost, group = [], [], [], []
+            rollout_policy.eval()
+            with torch.inference_mode():
+                for epoch in range(args.rollout_epochs):
+                    seeds = rng.integers(envs.TRAIN_SEEDS, size=args.num_envs // args.group_size).repeat(args.group_size)
+                    obs, _ = venv.reset(seed=seeds)
+                    running, gone = np.ones(args.num_envs, bool), np.zeros(args.num_envs, bool)
+                    while running.any():
+                        index = np.flatnonzero(running)
+                        images, image_mask, tokens, token_mask, state = policy.processor(
+                            {k: v[index] for k, v in obs.items()}, [venv.instructions[i] for i in index]
+                        )
+                        prefix = rollout_policy.encode_prefix(images, image_mask, tokens, token_mask)
+                        xs, vs = flow_sde_sample(rollout_policy, prefix, state, num_steps=K, noise_level=args.noise_level)
+                        kept = prefix if args.train == "expert" else (images, image_mask, tokens, token_mask)
+                        chunks.append((kept, state, xs, vs, epoch * args.num_envs + index))
+                        actions = np.zeros((args.num_envs, execute, venv.action_dim), np.float32)
+                        actions[index] = policy.processor.unnormalize_actions(xs[:, -1, :execute]).cpu().numpy()
+                        obs, _, terminated, truncated, info = venv.step(actions)
+                        env_steps += int(info["steps"].sum())
+                        running &= ~(terminated | truncated)
+                        gone |= info["lost"]
+                    success.append(info["success"])
+                    lost.append(gone)
+                    group.append(epoch * args.num_envs + np.arange(args.num_envs) // args.group_size)
+            rollout_s = time.time() - began
+
+            # ------------------------------------------------------------------ labels
+            success, lost, group = np.concatenate(success), np.concatenate(lost), np.concatenate(group)
+            labels, keep = episode_labels(success, np.where(lost, -1 - np.arange(len(group)), group), args.labels)
+            keep &= ~lost
+            episode = np.concatenate([c[4] for c in chunks])  # (M,) episode of each chunk
+            used = torch.from_numpy(np.flatnonzero(keep[episode])).to(device)
+            b_labels = torch.from_numpy(labels[episode]).float().to(device)[used]
+            b_state, b_x, b_v = (torch.cat([c[i] for c in chunks]).clone()[used] for i in (1, 2, 3))  # (M, K(+1), H, A)
+            if args.train == "expert":
+                b_prefix = policies.Prefix.cat([c[0] for c in chunks])[used]
+            else:
+                b_inputs = [torch.cat(column)[used] for column in zip(*(c[0] for c in chunks), strict=True)]
+            M = len(used)
+            b_step = torch.randint(K, (M, 1), device=device) if args.transitions == "random" else torch.arange(K, device=device).expand(M, K)
+            del chunks
+
+            # ------------------------------------------------------------------ update θ
+            policy.train()
+            sums, updates = {}, 0
+            for group_of in optimizer.param_groups:
+                group_of["lr"] = args.learning_rate * min(1.0, (iteration + 1) / max(1, args.warmup_iterations))
+            for _ in range(args.update_epochs):
+                for mb in torch.randperm(M, device=device).chunk(args.num_minibatches):
+                    n = b_step.shape[1]  # transitions per chunk; they share one prefix
+                    step = b_step[mb].reshape(-1)  # (b·n,)
+                    row = mb.repeat_interleave(n)
+                    prefix = b_prefix[mb] if args.train == "expert" else policy.encode_prefix(*(x[mb] for x in b_inputs))
+                    x_t, x_next, v_old = b_x[row, step], b_x[row, step + 1], b_v[row, step]  # (b·n, H, A)
+                    v_theta = policy.velocity(prefix.repeat(n), b_state[row], x_t, 1 - step / K).float()
+                    loss, metrics = stepnft_loss(
+                        v_theta, v_old, x_t, x_next, step, b_labels[row], num_steps=K, noise_level=args.noise_level,
+                        beta=args.beta, max_drift=args.max_drift, tr_coef=args.tr_coef, std_eps=args.std_eps,
+                        granularity=args.granularity, mask=mask,
+                    )  # fmt: skip
+                    optimizer.zero_grad()
+                    loss.backward()
+                    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+                    if not torch.isfinite(grad_norm):  # keep the weights that still work
+                        raise envs.EnvError(f"the gradient is not finite at iteration {iteration}: lower --learning-rate; "
+                                            f"the last checkpoint in {run} is intact")  # fmt: skip
+                    optimizer.step()
+                    updates += 1
+                    for name, value in {**metrics, "loss": loss.detach(), "grad_norm": grad_norm}.items():
+                        sums[name] = sums.get(name, 0.0) + value.item()
+
+            # ------------------------------------------------------------------ update θ_old
+            alpha = ema_decay(iteration, args.ema_start, args.ema_end, args.ema_horizon)
+            update_rollout_policy(rollout_parameters, parameters, alpha)
+
+            # ------------------------------------------------------------------ log, evaluate, save
+            iteration += 1
+            last = iteration == args.iterations
+            trained_s = time.time() - start
+            steps_per_s = env_steps / trained_s
+            for name, value in {
+                "charts/rollout_success": success[~lost].mean(), "charts/SPS": steps_per_s, "charts/env_steps": env_steps,
+                "charts/rollout_s": rollout_s, "charts/update_s": time.time() - began - rollout_s, "charts/signal": keep.mean(),
+                "charts/label_mean": b_labels.mean().item() if M else 0.0, "charts/ema_decay": alpha,
+                "charts/learning_rate": optimizer.param_groups[0]["lr"],
+                **{f"losses/{name}": value / max(1, updates) for name, value in sums.items()},
+            }.items():  # fmt: skip
+                writer.add_scalar(name, value, iteration)
+            bar.update()
+            bar.set_postfix(success=f"{100 * success.mean():.0f}%", SPS=f"{steps_per_s:.0f}", refresh=False)
+            if args.eval_every and iteration % args.eval_every == 0 and not last:
+                result = success_rate(policy, args.eval_episodes, "evaluation")
+                writer.add_scalar("eval/success", result.rate, iteration)
+                curve.append(dict(iteration=iteration, env_steps=env_steps, minutes=trained_s / 60, success=result.rate, episodes=args.eval_episodes))
+                tqdm.write(f"iteration {iteration}, {env_steps} environment steps, {trained_s / 60:.1f} min: {result}")
+                start = time.time() - trained_s  # evaluations do not count as training time
+            if iteration % args.save_every == 0 or last:
+                save()
+        bar.close()
+
+        # ---------------------------------------------------------------------- before → after
+        after = success_rate(policy, args.final_eval_episodes, "evaluation of θ")
+        after_old = success_rate(rollout_policy, args.final_eval_episodes, "evaluation of θ_old")
+        curve.append(dict(iteration=iteration, env_steps=env_steps, minutes=trained_s / 60, success=after.rate, episodes=len(after.success)))
+        save()
+        if args.video:
+            generator = torch.Generator(device).manual_seed(0)
+            record(venv, lambda obs, text: policy.act(obs, text, K, generator), f"videos/{run_name}.mp4", execute=execute)
+        venv.close()
+        writer.add_scalar("eval/success", after.rate, iteration)
+        writer.add_scalar("eval/success_rollout_policy", after_old.rate, iteration)
+        writer.close()
+        first = wilson(round(curve[0]["success"] * curve[0]["episodes"]), curve[0]["episodes"])
+        (run / "result.json").write_text(json.dumps(dict(
+            command="python " + shlex.join(sys.argv), env_id=args.env_id, obs_mode=args.obs_mode, seed=args.seed, checkpoint=checkpoint,
+            iterations=iteration, env_steps=env_steps, training_minutes=trained_s / 60,
+            before=dict(success=curve[0]["success"], interval=first, episodes=curve[0]["episodes"]),
+            after=dict(success=after.rate, interval=after.interval, episodes=len(after.success)),
+            after_rollout_policy=dict(success=after_old.rate, interval=after_old.interval, episodes=len(after_old.success)),
+            versions=dict(torch=torch.__version__, python=sys.version.split()[0]), args=asdict(args), curve=curve,
+        ), indent=2))  # fmt: skip
+        print(f"checkpoints, curve.png and result.json in {run}" + (f", video in videos/{run_name}.mp4" if args.video else ""))
+        print(
+            f"{args.env_id} ({args.obs_mode}): {100 * curve[0]['success']:.1f} % [{100 * first[0]:.1f}, {100 * first[1]:.1f}] → {after} "
+            f"(θ; rollout policy θ_old: {after_old}) after {env_steps} environment steps in {trained_s / 60:.1f} min of training"
+        )
+    except (envs.EnvError, policies.CheckpointError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; go on with --resume and the run's folder under runs/")
