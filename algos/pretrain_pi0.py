@@ -18,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, w
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import tyro
 from tqdm import tqdm
 
@@ -45,9 +44,9 @@ class Args:
     """side of a vision patch, px"""
     horizon: int = 8
     """actions per chunk of the policy that will be built on this"""
-    epochs: float = 6.0
+    epochs: float = 3.5
     """passes over the scenes"""
-    batch_size: int = 128
+    batch_size: int = 96
     """pictures per step"""
     learning_rate: float = 1e-3
     """peak of a schedule with 5 % warm-up and cosine decay to zero"""
@@ -110,18 +109,20 @@ def main(args: Args) -> None:
     with tqdm(range(steps), desc="pre-training") as bar:
         for step in bar:
             rows = torch.randint(held_out, (args.batch_size,))
-            loss = F.mse_loss(locate(rows)[..., : targets.shape[1]], a[rows][:, None, : targets.shape[1]].expand(-1, config.horizon, -1))
+            error = locate(rows) - a[rows][:, None]  # (b, H, A)
+            loss = error[..., : targets.shape[1]].square().mean()
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
             optimizer.step()
             schedule.step()
             if (step + 1) % 200 == 0 or step == steps - 1:
-                error = error_mm(test)
-                bar.set_postfix(loss=f"{loss.item():.4f}", held_out_mm=f"{error:.1f}")
-                policy.meta = dict(env_id=args.env_id, pretraining=dict(episodes=len(data.start), steps=step + 1, held_out_mm=error))
+                mm = error_mm(test)
+                bar.set_postfix(loss=f"{loss.item():.4f}", held_out_mm=f"{mm:.1f}")
+                pretraining = dict(episodes=len(data.start), steps=step + 1, held_out_mm=mm)
+                policy.meta = dict(env_id=args.env_id, pretraining=pretraining)
                 policies.save(policy, args.output)
-    print(f"{len(data.start)} episodes, {(time.time() - start) / 60:.1f} min: held-out position error {error:.1f} mm (median)")
+    print(f"{len(data.start)} episodes, {(time.time() - start) / 60:.1f} min: held-out position error {mm:.1f} mm (median)")
     print(f"checkpoint {args.output}")
 
 

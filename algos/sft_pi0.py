@@ -8,7 +8,7 @@ import os
 import random
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, without an installation
@@ -45,9 +45,9 @@ class Args:
     """checkpoint folder to write; by default runs/<run name>/policy"""
     seed: int = 1
     """seed of everything random"""
-    steps: int = 3000
+    steps: int = 1500
     """optimizer steps"""
-    batch_size: int = 128
+    batch_size: int = 64
     """observations per step"""
     draws: int = 4
     """noise/time draws per observation: they share one prefix and cost little (docs/sft.md)"""
@@ -57,8 +57,8 @@ class Args:
     """AdamW's"""
     max_grad_norm: float = 1.0
     """gradient clipping"""
-    horizon: int = 8
-    """actions per predicted chunk, for a new policy"""
+    horizon: int = 4
+    """actions per predicted chunk"""
     execute: int = 4
     """actions executed before the next observation"""
     num_steps: int = 4
@@ -93,7 +93,6 @@ def main(args: Args) -> None:
 
     # Demonstrations
     base = policies.load(args.base, device) if args.base else None
-    horizon = base.config.horizon if base else args.horizon
     image_size = base.config.image_size if base else args.image_size
     venv = envs.make(args.env_id, args.num_envs, obs_mode=args.obs_mode, image_size=image_size, chunk=args.execute, seed=args.seed)
     path = args.dataset or f"demos/{args.env_id}-{args.obs_mode}-{args.demos}.h5"
@@ -101,16 +100,18 @@ def main(args: Args) -> None:
         data = demos.read(path)
     else:
         data = demos.collect(path, venv, args.demos, noise=args.demo_noise)
-    chunks = data.chunks(horizon)  # (N, H, A)
+    chunks = data.chunks(args.horizon)  # (N, H, A)
 
     # Policy
-    if base:
-        policy, config = base, base.config
+    if base:  # no weight depends on the horizon
+        config = replace(base.config, horizon=args.horizon)
     else:
         config = policies.Pi0Config.tiny(
-            num_cameras=data.image.shape[1], image_size=image_size, state_dim=data.state.shape[1], horizon=horizon
+            num_cameras=data.image.shape[1], image_size=image_size, state_dim=data.state.shape[1], horizon=args.horizon
         )
-        policy = policies.Pi0(config).to(device)
+    policy = policies.Pi0(config).to(device)
+    if base:
+        policy.load_state_dict(base.state_dict())
     policy.processor = policies.Processor(
         config, policies.Tokenizer(), policies.NormStats.from_data(data.state),
         policies.NormStats.from_data(chunks, min_std=0.1), device,
@@ -172,7 +173,7 @@ def main(args: Args) -> None:
     writer.add_scalar("eval/success", result.rate, args.steps)
     policy.meta = dict(
         env_id=args.env_id, obs_mode=args.obs_mode, execute=args.execute, num_steps=args.num_steps,
-        sft=dict(demos=len(data.start), steps=args.steps, seed=args.seed, train=args.train, base=args.base,
+        sft=dict(demos=len(data.start), steps=args.steps, seed=args.seed, train=args.train, base=args.base and Path(args.base).name,
                  success=result.rate, interval=result.interval, episodes=args.eval_episodes),
     )  # fmt: skip
     output = args.output or f"runs/{run_name}/policy"

@@ -4,6 +4,7 @@ velocity branches, a logistic ranking loss, a slowly moving rollout policy."""
 
 from __future__ import annotations
 
+import atexit
 import copy
 import json
 import os
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 import envs
 import policies
-from envs.evaluation import evaluate, plot_curve, record, wilson
+from envs.evaluation import evaluate, plot_curve, record
 
 
 @dataclass
@@ -57,7 +58,7 @@ class Args:
     """actions executed of each predicted chunk; 0: as in the checkpoint (authors: 5, LIBERO-long 10)"""
     num_steps: int = 4
     """solver steps K (authors: 4)"""
-    noise_level: float = 0.3
+    noise_level: float = 0.8
     """a of σ_t = a·sqrt(t / (1 − t)), the exploration noise on every solver step (authors: 0.2)"""
     transitions: Literal["random", "all"] = "all"
     """which solver transitions of a chunk to learn from: one random (the paper) or all K (same environment cost)"""
@@ -216,22 +217,22 @@ def stepnft_loss(
     return loss, metrics
 
 
-def episode_labels(success: np.ndarray, group: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """Labels y in [-1, 1] per episode (E,), and which episodes carry signal (E,) bool.
+def chunk_labels(
+    success: np.ndarray, group: np.ndarray, episode: np.ndarray, position: np.ndarray, kind: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Labels y in [-1, 1] of M chunks, and which of them carry signal (M,) bool.
 
-    "binary": ±1 by success. "group": (success − group mean) / group deviation, clipped to ±1; a group in which every episode
-    succeeds, or none, tells nothing about the actions and is dropped.
+    success, group: (E,) outcome and initial state of each episode; episode, position: (M,) which episode a chunk belongs to, and
+    its number in it. "binary": ±1 by the episode's success. "group": success compared with the share p of success among the
+    episodes from the same initial state that were still running at this position, y = (success − p) / max(p, 1 − p), whose mean
+    is zero. Where all of them succeed, or none does, the outcome tells nothing about the actions, and the chunks are dropped.
     """
+    y = success[episode].astype(float)  # (M,)
     if kind == "binary":
-        return np.where(success, 1.0, -1.0), np.ones(len(success), bool)
-    labels, keep = np.zeros(len(success)), np.zeros(len(success), bool)
-    for g in np.unique(group):
-        members = group == g
-        p = success[members].mean()
-        if 0 < p < 1:
-            labels[members] = np.clip((success[members] - p) / np.sqrt(p * (1 - p)), -1, 1)
-            keep[members] = True
-    return labels, keep
+        return 2 * y - 1, np.ones(len(y), bool)
+    _, peers = np.unique(np.stack([group[episode], position]), axis=1, return_inverse=True)  # (M,)
+    p = (np.bincount(peers, weights=y) / np.bincount(peers))[peers]
+    return (y - p) / np.maximum(p, 1 - p), (p > 0) & (p < 1)
 
 
 def ema_decay(iteration: int, start: float, end: float, horizon: int) -> float:
@@ -255,12 +256,17 @@ def check(args: Args) -> None:
                  "eval_episodes", "final_eval_episodes", "save_every"):  # fmt: skip
         if getattr(args, name) < 1:
             raise envs.EnvError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    for name in ("execute", "eval_every", "warmup_iterations", "max_minutes", "tr_coef", "std_eps"):
-        if getattr(args, name) < 0:
+    for name in ("execute", "eval_every", "warmup_iterations", "max_minutes", "tr_coef", "std_eps", "seed", "num_threads"):
+        if not getattr(args, name) >= 0:
             raise envs.EnvError(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
     for name in ("noise_level", "learning_rate", "beta", "max_drift", "max_grad_norm"):
         if not getattr(args, name) > 0:
             raise envs.EnvError(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
+    for name in ("ema_start", "ema_end"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise envs.EnvError(f"--{name.replace('_', '-')} must lie between 0 and 1, got {getattr(args, name)}")
+    if args.device not in ("auto", "cpu", "cuda") or (args.device == "cuda" and not torch.cuda.is_available()):
+        raise envs.EnvError(f"--device must be auto, cpu, or cuda where PyTorch finds a GPU, got {args.device}")
     if args.num_envs % args.group_size:
         raise envs.EnvError(f"--num-envs {args.num_envs} must be a multiple of --group-size {args.group_size}")
     if args.labels == "group" and args.group_size < 2:
@@ -272,8 +278,11 @@ if __name__ == "__main__":
         args = tyro.cli(Args, description=__doc__)
         if args.resume:  # the run's own arguments; more iterations and other threads are welcome
             stored = policies.read_json(Path(args.resume) / "args.json")
-            args = replace(Args(**stored), resume=args.resume, num_threads=args.num_threads,
-                           iterations=max(args.iterations, stored["iterations"]))  # fmt: skip
+            try:
+                args = replace(Args(**stored), resume=args.resume, num_threads=args.num_threads,
+                               iterations=max(args.iterations, stored["iterations"]))  # fmt: skip
+            except (TypeError, KeyError) as error:
+                raise envs.EnvError(f"{args.resume}/args.json is not this version's: {error}") from None
         check(args)
         checkpoint = args.checkpoint or f"pi0-tiny-{args.env_id.split('-')[0].lower()}-{args.obs_mode}"
         if not args.checkpoint and checkpoint not in policies.bundled():
@@ -281,8 +290,7 @@ if __name__ == "__main__":
                 f"no bundled checkpoint for {args.env_id} in {args.obs_mode} mode; make one with: python algos/sft_pi0.py "
                 f"--env-id {args.env_id} --obs-mode {args.obs_mode} --output runs/sft, then add --checkpoint runs/sft"
             )
-        run_name = Path(args.resume).name if args.resume else f"stepnft-{args.env_id}-{args.obs_mode}-{args.seed}-{int(time.time())}"
-        run = Path("runs") / run_name if not args.resume else Path(args.resume)
+        run = Path(args.resume or f"runs/stepnft-{args.env_id}-{args.obs_mode}-{args.seed}-{int(time.time())}")
 
         # Seeds
         random.seed(args.seed)
@@ -296,7 +304,7 @@ if __name__ == "__main__":
         policy = policies.load(run / "policy" if args.resume else checkpoint, device)
         trained_on = policy.meta.get("obs_mode", args.obs_mode)
         if trained_on != args.obs_mode:
-            raise envs.EnvError(f"{checkpoint} was trained in {trained_on} mode: add --obs-mode {trained_on} or another --checkpoint")
+            raise envs.EnvError(f"{checkpoint} acts in {trained_on} mode: add --obs-mode {trained_on}, or another --checkpoint")
         if args.train == "expert":
             policy.freeze_vlm()
         shared = {id(m): m for m in policy.vlm_modules()} if args.train == "expert" else {}
@@ -319,12 +327,13 @@ if __name__ == "__main__":
             args.env_id, args.num_envs, obs_mode=args.obs_mode, seed=args.seed, chunk=execute,
             image_size=policy.config.image_size, observe_terminal=False,
         )  # fmt: skip
+        atexit.register(venv.close)  # workers and shared memory go with the program, however it ends
         for name, given, expected in (
             ("state", venv.single_observation_space["state"].shape[0], len(policy.processor.state_stats.mean)),
             ("action", venv.action_dim, len(policy.processor.action_stats.mean)),
         ):
             if given != expected:
-                raise envs.EnvError(f"{checkpoint} was made for {expected} {name} dimensions, {args.env_id} has {given}: it is another task's")
+                raise envs.EnvError(f"{checkpoint} takes {expected} {name} dimensions, {args.env_id} has {given}: use its own policy")
 
         # Resume
         iteration, env_steps, trained_s, curve = 0, 0, 0.0, []
@@ -337,7 +346,7 @@ if __name__ == "__main__":
         if args.track:
             import wandb
 
-            wandb.init(project="pi-stepnft", name=run_name, config=asdict(args), sync_tensorboard=True,
+            wandb.init(project="pi-stepnft", name=run.name, config=asdict(args), sync_tensorboard=True,
                        mode=None if os.environ.get("WANDB_API_KEY") else "offline")  # fmt: skip
         writer = SummaryWriter(str(run))
         writer.add_text("hyperparameters", json.dumps(asdict(args), indent=2))
@@ -348,18 +357,25 @@ if __name__ == "__main__":
             generator = torch.Generator(device).manual_seed(0)
             return evaluate(venv, lambda obs, text: which.act(obs, text, K, generator), episodes, execute=execute, progress=label)
 
+        def note(result) -> None:
+            """Add an evaluation to the learning curve."""
+            curve.append(dict(iteration=iteration, env_steps=env_steps, minutes=trained_s / 60, success=result.rate,
+                              interval=result.interval, episodes=len(result.success)))  # fmt: skip
+            writer.add_scalar("eval/success", result.rate, iteration)
+
         def save() -> None:
             policy.meta = rollout_policy.meta = policy.meta | {
                 "execute": execute, "num_steps": K, "stepnft": {"iteration": iteration, "env_steps": env_steps, "seed": args.seed},
             }  # fmt: skip
             policies.save(policy, run / "policy")
             policies.save(rollout_policy, run / "rollout_policy")
-            policies.save_training(run, optimizer, rng, dict(iteration=iteration, env_steps=env_steps, trained_s=trained_s, curve=curve))
+            progress = dict(iteration=iteration, env_steps=env_steps, trained_s=trained_s, curve=curve)
+            policies.save_training(run, optimizer, rng, progress)
             plot_curve(curve, run / "curve.png", f"{args.env_id} ({args.obs_mode}), seed {args.seed}")
 
         if not curve:
             before = success_rate(policy, args.final_eval_episodes, "evaluation before")
-            curve.append(dict(iteration=0, env_steps=0, minutes=0.0, success=before.rate, episodes=len(before.success)))
+            note(before)
             print(f"before: {before}")
         start = time.time() - trained_s
         bar = tqdm(total=args.iterations, initial=iteration, desc="StepNFT", smoothing=0.1)
@@ -373,6 +389,7 @@ if __name__ == "__main__":
                     seeds = rng.integers(envs.TRAIN_SEEDS, size=args.num_envs // args.group_size).repeat(args.group_size)
                     obs, _ = venv.reset(seed=seeds)
                     running, gone = np.ones(args.num_envs, bool), np.zeros(args.num_envs, bool)
+                    position = 0
                     while running.any():
                         index = np.flatnonzero(running)
                         images, image_mask, tokens, token_mask, state = policy.processor(
@@ -381,7 +398,8 @@ if __name__ == "__main__":
                         prefix = rollout_policy.encode_prefix(images, image_mask, tokens, token_mask)
                         xs, vs = flow_sde_sample(rollout_policy, prefix, state, num_steps=K, noise_level=args.noise_level)
                         kept = prefix if args.train == "expert" else (images, image_mask, tokens, token_mask)
-                        chunks.append((kept, state, xs, vs, epoch * args.num_envs + index))
+                        chunks.append((kept, state, xs, vs, epoch * args.num_envs + index, np.full(len(index), position)))
+                        position += 1
                         actions = np.zeros((args.num_envs, execute, venv.action_dim), np.float32)
                         actions[index] = policy.processor.unnormalize_actions(xs[:, -1, :execute]).cpu().numpy()
                         obs, _, terminated, truncated, info = venv.step(actions)
@@ -395,18 +413,21 @@ if __name__ == "__main__":
 
             # ------------------------------------------------------------------ labels
             success, lost, group = np.concatenate(success), np.concatenate(lost), np.concatenate(group)
-            labels, keep = episode_labels(success, np.where(lost, -1 - np.arange(len(group)), group), args.labels)
-            keep &= ~lost
-            episode = np.concatenate([c[4] for c in chunks])  # (M,) episode of each chunk
-            used = torch.from_numpy(np.flatnonzero(keep[episode])).to(device)
-            b_labels = torch.from_numpy(labels[episode]).float().to(device)[used]
+            episode, position = (np.concatenate([c[i] for c in chunks]) for i in (4, 5))  # (M,) of each chunk
+            group[lost] = -1 - np.flatnonzero(lost)  # nobody is compared with a lost episode
+            labels, keep = chunk_labels(success, group, episode, position, args.labels)
+            keep &= ~lost[episode]
+            used = torch.from_numpy(np.flatnonzero(keep)).to(device)
+            b_labels = torch.from_numpy(labels).float().to(device)[used]
             b_state, b_x, b_v = (torch.cat([c[i] for c in chunks]).clone()[used] for i in (1, 2, 3))  # (M, K(+1), H, A)
             if args.train == "expert":
                 b_prefix = policies.Prefix.cat([c[0] for c in chunks])[used]
             else:
                 b_inputs = [torch.cat(column)[used] for column in zip(*(c[0] for c in chunks), strict=True)]
             M = len(used)
-            b_step = torch.randint(K, (M, 1), device=device) if args.transitions == "random" else torch.arange(K, device=device).expand(M, K)
+            b_step = torch.arange(K, device=device).expand(M, K)  # (M, transitions per chunk)
+            if args.transitions == "random":
+                b_step = torch.randint(K, (M, 1), device=device)
             del chunks
 
             # ------------------------------------------------------------------ update θ
@@ -414,7 +435,7 @@ if __name__ == "__main__":
             sums, updates = {}, 0
             for group_of in optimizer.param_groups:
                 group_of["lr"] = args.learning_rate * min(1.0, (iteration + 1) / max(1, args.warmup_iterations))
-            for _ in range(args.update_epochs):
+            for _ in range(args.update_epochs if M else 0):  # nothing to learn from where no group has contrast
                 for mb in torch.randperm(M, device=device).chunk(args.num_minibatches):
                     n = b_step.shape[1]  # transitions per chunk; they share one prefix
                     step = b_step[mb].reshape(-1)  # (b·n,)
@@ -459,8 +480,7 @@ if __name__ == "__main__":
             bar.set_postfix(success=f"{100 * success.mean():.0f}%", SPS=f"{steps_per_s:.0f}", refresh=False)
             if args.eval_every and iteration % args.eval_every == 0 and not last:
                 result = success_rate(policy, args.eval_episodes, "evaluation")
-                writer.add_scalar("eval/success", result.rate, iteration)
-                curve.append(dict(iteration=iteration, env_steps=env_steps, minutes=trained_s / 60, success=result.rate, episodes=args.eval_episodes))
+                note(result)
                 tqdm.write(f"iteration {iteration}, {env_steps} environment steps, {trained_s / 60:.1f} min: {result}")
                 start = time.time() - trained_s  # evaluations do not count as training time
             if iteration % args.save_every == 0 or last:
@@ -470,28 +490,28 @@ if __name__ == "__main__":
         # ---------------------------------------------------------------------- before → after
         after = success_rate(policy, args.final_eval_episodes, "evaluation of θ")
         after_old = success_rate(rollout_policy, args.final_eval_episodes, "evaluation of θ_old")
-        curve.append(dict(iteration=iteration, env_steps=env_steps, minutes=trained_s / 60, success=after.rate, episodes=len(after.success)))
+        note(after)
         save()
         if args.video:
             generator = torch.Generator(device).manual_seed(0)
-            record(venv, lambda obs, text: policy.act(obs, text, K, generator), f"videos/{run_name}.mp4", execute=execute)
+            record(venv, lambda obs, text: policy.act(obs, text, K, generator), f"videos/{run.name}.mp4", execute=execute)
         venv.close()
-        writer.add_scalar("eval/success", after.rate, iteration)
         writer.add_scalar("eval/success_rollout_policy", after_old.rate, iteration)
         writer.close()
-        first = wilson(round(curve[0]["success"] * curve[0]["episodes"]), curve[0]["episodes"])
-        (run / "result.json").write_text(json.dumps(dict(
-            command="python " + shlex.join(sys.argv), env_id=args.env_id, obs_mode=args.obs_mode, seed=args.seed, checkpoint=checkpoint,
-            iterations=iteration, env_steps=env_steps, training_minutes=trained_s / 60,
-            before=dict(success=curve[0]["success"], interval=first, episodes=curve[0]["episodes"]),
-            after=dict(success=after.rate, interval=after.interval, episodes=len(after.success)),
+        outcome = ("success", "interval", "episodes")
+        result = dict(
+            command="python " + shlex.join(sys.argv), env_id=args.env_id, obs_mode=args.obs_mode, seed=args.seed,
+            checkpoint=checkpoint, iterations=iteration, env_steps=env_steps, training_minutes=trained_s / 60,
+            before={k: curve[0][k] for k in outcome}, after={k: curve[-1][k] for k in outcome},
             after_rollout_policy=dict(success=after_old.rate, interval=after_old.interval, episodes=len(after_old.success)),
             versions=dict(torch=torch.__version__, python=sys.version.split()[0]), args=asdict(args), curve=curve,
-        ), indent=2))  # fmt: skip
-        print(f"checkpoints, curve.png and result.json in {run}" + (f", video in videos/{run_name}.mp4" if args.video else ""))
+        )  # fmt: skip
+        (run / "result.json").write_text(json.dumps(result, indent=2))
+        low, high = curve[0]["interval"]
+        print(f"checkpoints, curve.png and result.json in {run}" + (f", video in videos/{run.name}.mp4" if args.video else ""))
         print(
-            f"{args.env_id} ({args.obs_mode}): {100 * curve[0]['success']:.1f} % [{100 * first[0]:.1f}, {100 * first[1]:.1f}] → {after} "
-            f"(θ; rollout policy θ_old: {after_old}) after {env_steps} environment steps in {trained_s / 60:.1f} min of training"
+            f"{args.env_id} ({args.obs_mode}): {100 * curve[0]['success']:.1f} % [{100 * low:.1f}, {100 * high:.1f}] → {after} (θ; "
+            f"rollout policy θ_old: {after_old}) after {env_steps} environment steps in {trained_s / 60:.1f} min of training"
         )
     except (envs.EnvError, policies.CheckpointError) as error:
         sys.exit(f"error: {error}")

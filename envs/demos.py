@@ -6,7 +6,7 @@ File format (`FORMAT`): attributes `format`, `env_id`, `obs_mode`, `control_mode
     image   uint8   (T, cameras, H, W, 3)  what the policy saw before each action (no cameras in obs_mode "state")
     state   float32 (T, S)                 its state vector
     action  float32 (T, A)                 the expert's clean action in [-1, 1]
-    objects float32 (T, objects, 3)        where the movable objects are, m (privileged: for pre-training perception, not for acting)
+    objects float32 (T, objects, 3)        where the movable objects are, m (privileged: for pre-training perception, not acting)
 
 and attributes `seed`, `steps`. Episodes that fail are not written.
 """
@@ -80,37 +80,48 @@ def demonstrate(env, seed: int, noise: float) -> dict | None:
     return {name: np.stack(values) for name, values in rows.items()} | {"seed": seed} if env.success else None
 
 
-def collect(path: str | Path, venv, count: int, *, noise: float = 0.0, first_seed: int = TRAIN_SEEDS, progress: bool = True) -> Demos:
+def collect(
+    path: str | Path, venv, count: int, *, noise: float = 0.0, first_seed: int = TRAIN_SEEDS, progress: bool = True
+) -> Demos:
     """Write `count` successful episodes of the task's expert to `path` and read them back.
 
     venv: an `envs.pool.ChunkVecEnv`, whose workers run the experts. The file appears when it is complete, never half-written.
     Raises EnvError if there is no expert for the task, or it fails more than half the time.
     """
+    from envs import experts
+
+    spec = venv.spec
+    try:
+        experts.make(spec.env_id)
+    except ValueError as error:
+        raise EnvError(str(error)) from None
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".part")
-    spec = venv.spec
     done, tried = 0, 0
-    with h5py.File(temporary, "w") as file, tqdm(total=count, desc="demonstrations", disable=not progress) as bar:
-        file.attrs.update(
-            format=FORMAT, env_id=spec.env_id, obs_mode=spec.obs_mode, control_mode=spec.control_mode,
-            image_size=spec.image_size, instruction=venv.instruction, noise=noise,
-        )  # fmt: skip
-        while done < count:
-            seeds = range(first_seed + tried, first_seed + tried + count - done)
-            for episode in venv.demonstrate([dict(seed=seed, noise=noise) for seed in seeds]):
-                tried += 1
-                if episode is None:
-                    continue
-                group = file.create_group(f"episode_{done}")
-                group.attrs.update(seed=episode["seed"], steps=len(episode["action"]))
-                for name in ARRAYS:
-                    group.create_dataset(name, data=episode[name], compression="lzf" if name == "image" else None)
-                done += 1
-                bar.update()
-            if tried >= 2 * max(count, 10) and done < count:
-                raise EnvError(f"the expert for {spec.env_id} solved only {done} of {tried} episodes")
-    os.replace(temporary, path)
+    try:
+        with h5py.File(temporary, "w") as file, tqdm(total=count, desc="demonstrations", disable=not progress) as bar:
+            file.attrs.update(
+                format=FORMAT, env_id=spec.env_id, obs_mode=spec.obs_mode, control_mode=spec.control_mode,
+                image_size=spec.image_size, instruction=venv.instruction, noise=noise,
+            )  # fmt: skip
+            while done < count:
+                seeds = range(first_seed + tried, first_seed + tried + count - done)
+                for episode in venv.demonstrate([dict(seed=seed, noise=noise) for seed in seeds]):
+                    tried += 1
+                    if episode is None:
+                        continue
+                    group = file.create_group(f"episode_{done}")
+                    group.attrs.update(seed=episode["seed"], steps=len(episode["action"]))
+                    for name in ARRAYS:
+                        group.create_dataset(name, data=episode[name], compression="lzf" if name == "image" else None)
+                    done += 1
+                    bar.update()
+                if tried >= 2 * max(count, 10) and done < count:
+                    raise EnvError(f"the expert for {spec.env_id} solved only {done} of {tried} episodes")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return read(path)
 
 

@@ -93,7 +93,9 @@ def evaluate(venv, act: Act, episodes: int, *, execute: int, seed: int = EVAL_SE
     return Evaluation(success, steps, seed + np.arange(episodes))
 
 
-def record(venv, act: Act, path: str | Path, *, execute: int, episodes: int = 8, seed: int = EVAL_SEED, fps: int = 20) -> list[bool]:
+def record(
+    venv, act: Act, path: str | Path, *, execute: int, episodes: int = 8, seed: int = EVAL_SEED, fps: int = 20
+) -> list[bool]:
     """A tiled video of the first evaluation episodes at `path` (.mp4), a frame per control step; a green or red frame tells
     success or failure once an episode has ended. Returns the outcomes."""
     import imageio.v3 as iio

@@ -1,4 +1,4 @@
-"""ManiSkill tasks as chunked environments: one CPU scene (`ManiSkillEnv`) or one batched CUDA simulation (`ManiSkillCudaVecEnv`)."""
+"""ManiSkill tasks: which there are, how one is created, and a single CPU scene stepped by action chunks (`ManiSkillEnv`)."""
 
 from __future__ import annotations
 
@@ -125,11 +125,33 @@ def episode_limit(spec: EnvSpec) -> int:
     return limit
 
 
-def _flatten(tree) -> torch.Tensor:
-    """Concatenate the leaves of a nested dict of (B, …) tensors, in order, to (B, S) float32."""
+def _leaves(tree) -> list[torch.Tensor]:
+    """The leaves of a nested dict of (B, …) tensors, in order, as (B, S_i) float32."""
     if isinstance(tree, dict):
-        return torch.cat([_flatten(v) for v in tree.values()], dim=1) if tree else torch.zeros(1, 0)
-    return torch.as_tensor(tree).reshape(len(tree), -1).float()
+        return [leaf for value in tree.values() for leaf in _leaves(value)]
+    return [torch.as_tensor(tree).reshape(len(tree), -1).float()]
+
+
+def state_vector(base, info: dict) -> torch.Tensor:
+    """(B, S): proprioception and task extras; with object poses only in obs_mode "state"."""
+    return torch.cat(_leaves(base._get_obs_agent()) + _leaves(base._get_obs_extra(info)), dim=1)
+
+
+def initial_info(base) -> dict:
+    """`base.get_info()` right after a reset, when nothing is grasped.
+
+    ManiSkill reads grasps from the contacts of the last simulation step, which a reset leaves in place: what was held at the end
+    of one episode would count as held at the start of the next.
+    """
+    agent = base.agent
+    own = vars(agent).get("is_grasping")
+    agent.is_grasping = lambda *_, **__: torch.zeros(base.num_envs, dtype=torch.bool, device=base.device)
+    try:
+        return base.get_info()
+    finally:
+        del agent.is_grasping
+        if own:
+            agent.is_grasping = own
 
 
 class ManiSkillEnv:
@@ -140,31 +162,41 @@ class ManiSkillEnv:
     """
 
     def __init__(self, spec: EnvSpec):
-        from envs import fast_control
-
         self.spec = spec
         self.max_episode_steps = episode_limit(spec)
         self.instruction = instruction(spec.env_id)
         with torch.inference_mode():
             self.env = _make(spec, 1, "cpu")
             self.base = self.env.unwrapped
-            self._set_action = fast_control.make_set_action(self.base.agent) if spec.fast_control else None
-            if spec.fast_control and (is_grasping := fast_control.make_is_grasping(self.base.agent)):
-                self.base.agent.is_grasping = is_grasping
+            self._bound = self._set_action = None
             self.action_dim = int(self.base.single_action_space.shape[0])
             self.reset(0)
             self.cameras = tuple(self.base.scene.sensors) if spec.obs_mode == "rgb" else ()
-            self.state_dim = self._state().shape[1]
+            self.state_dim = state_vector(self.base, self.info).shape[1]
+
+    def _bind(self) -> None:
+        """Take the fast controller and grasp check into use for the current agent."""
+        from envs import fast_control
+
+        self._bound = agent = self.base.agent
+        if self.spec.fast_control:
+            self._set_action = fast_control.make_set_action(agent)
+            if is_grasping := fast_control.make_is_grasping(agent):
+                agent.is_grasping = is_grasping
 
     def reset(self, seed: int) -> None:
         """Start the episode that belongs to `seed`: the same seed gives the same initial state."""
-        with torch.inference_mode():
+        from envs.meshes import light_meshes
+
+        with torch.inference_mode(), light_meshes(self.spec.mesh_keep):  # some tasks build a new scene for every episode
             obs_mode, self.base._obs_mode = self.base._obs_mode, "none"  # nobody reads this observation: do not render it
             try:
                 self.base.reset(seed=int(seed))
             finally:
                 self.base._obs_mode = obs_mode
-            self.info = self.base.get_info()
+            if self._bound is not self.base.agent:
+                self._bind()
+            self.info = initial_info(self.base)
         self.steps = 0
         self.success = False
 
@@ -207,15 +239,10 @@ class ManiSkillEnv:
         obs = base.get_obs(self.info, unflattened=True)
         return float(base.get_reward(obs=obs, action=torch.as_tensor(action)[None], info=self.info)[0])
 
-    def _state(self) -> torch.Tensor:
-        """(1, S): proprioception and task extras; with object poses only in obs_mode "state"."""
-        base = self.base
-        return torch.cat([_flatten(base._get_obs_agent()), _flatten(base._get_obs_extra(self.info))], dim=1)
-
     def observe(self, image: np.ndarray, state: np.ndarray) -> None:
         """Write the current observation into `image` uint8 (cameras, H, W, 3) and `state` float32 (S,)."""
         with torch.inference_mode():
-            state[:] = self._state()[0].numpy()
+            state[:] = state_vector(self.base, self.info)[0].numpy()
             if self.cameras:
                 for i, data in enumerate(self.base._get_obs_sensor_data().values()):
                     image[i] = data["rgb"][0].numpy()

@@ -1,8 +1,9 @@
-"""Lighter robot meshes for software rendering.
+"""Lighter meshes for software rendering.
 
 Three quarters of a software-rendered 96 px frame go into the Panda's 135 000 triangles, most of them smaller than a pixel. While
 `light_meshes` is active, untextured mesh files with many triangles are replaced by simplified copies (quadric error, made once,
-kept in the user's cache folder). Collision shapes are never touched, so physics is exactly the same.
+kept in the user's cache folder), and ManiSkill's floor, a flat grid of 20 000 triangles, by the two that show the same. Collision
+shapes are never touched, so physics is exactly the same.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import sapien
 from sapien.wrapper.actor_builder import ActorBuilder
 
 MIN_TRIANGLES = 2000
@@ -62,20 +64,40 @@ def simplify(path: str, keep: float) -> str:
     return str(copy)
 
 
+def flat_grid_corners(vertices: np.ndarray) -> np.ndarray | None:
+    """Rows of the four corners (left-low, right-low, left-high, right-high) of a level rectangle of many vertices (N, 3), or None.
+
+    Texture coordinates that are linear over the rectangle are reproduced exactly by its two triangles.
+    """
+    low, high = vertices.min(0), vertices.max(0)
+    if len(vertices) < MIN_TRIANGLES or low[2] != high[2]:
+        return None
+    corners = [np.flatnonzero((vertices[:, 0] == x) & (vertices[:, 1] == y)) for y in (low[1], high[1]) for x in (low[0], high[0])]
+    return np.array([c[0] for c in corners]) if all(len(c) for c in corners) else None
+
+
 @contextlib.contextmanager
 def light_meshes(keep: float):
-    """While active, SAPIEN builders load simplified copies of heavy .glb visuals. `keep` = 1 changes nothing."""
+    """While active, SAPIEN scenes get simplified copies of heavy visuals. `keep` = 1 changes nothing."""
     if keep >= 1:
         yield
         return
-    original = ActorBuilder.add_visual_from_file
+    original, original_mesh = ActorBuilder.add_visual_from_file, sapien.render.RenderShapeTriangleMesh
 
     def add_visual_from_file(self, filename, *args, **kwargs):
         light = simplify(filename, keep) if str(filename).endswith(".glb") else filename
         return original(self, light, *args, **kwargs)
 
+    def triangle_mesh(vertices, triangles, normals, uvs, material):
+        if (corners := flat_grid_corners(vertices)) is not None:
+            vertices, normals, uvs = vertices[corners], normals[corners], uvs[corners]
+            triangles = np.array([[0, 1, 2], [1, 3, 2]])  # counter-clockwise from above
+        return original_mesh(vertices=vertices, triangles=triangles, normals=normals, uvs=uvs, material=material)
+
     ActorBuilder.add_visual_from_file = add_visual_from_file
+    sapien.render.RenderShapeTriangleMesh = triangle_mesh
     try:
         yield
     finally:
         ActorBuilder.add_visual_from_file = original
+        sapien.render.RenderShapeTriangleMesh = original_mesh

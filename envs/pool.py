@@ -120,18 +120,18 @@ class _Worker:
             raise EOFError
         try:
             status, result = self.pipe.recv()
-        except ConnectionResetError as error:
+        except OSError as error:  # died in the middle of its answer
             raise EOFError from error
         if status == "error":
             raise EnvError(result)
         return result
 
 
-class ChunkVecEnv(gym.vector.VectorEnv):
-    """Several environments stepped by action chunks, each process holding some of them.
+class ChunkEnv(gym.vector.VectorEnv):
+    """Several environments stepped by action chunks: what every back end has in common.
 
     - `reset(seed=…, options=…)`: `seed` an int (environment i gets seed + i), an array of one seed per environment, or None (drawn
-      from the pool's own generator). The same seed gives the same initial state, so equal seeds make a group.
+      from the vector's own generator). The same seed gives the same initial state, so equal seeds make a group.
       `options={"reset_mask": (B,) bool}` resets only some.
     - `step(chunk (B, n, A) in [-1, 1])` executes up to n actions in each environment that is still running. An environment stops at
       success, failure or its limit; from then on stepping it does nothing until it is reset (gymnasium's AutoresetMode.DISABLED).
@@ -146,9 +146,63 @@ class ChunkVecEnv(gym.vector.VectorEnv):
     metadata = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED, "render_modes": ["rgb_array"]}
     render_mode = "rgb_array"
 
-    def __init__(self, spec: EnvSpec, num_envs: int, num_workers: int, *, chunk: int, seed: int, observe_terminal: bool):
-        self.spec, self.num_envs, self.observe_terminal = spec, num_envs, observe_terminal
+    def __init__(self, spec: EnvSpec, num_envs: int, seed: int):
+        self.spec, self.num_envs = spec, num_envs
         self._rng = np.random.default_rng(seed)
+        self._running = np.zeros(num_envs, bool)
+        self._success = np.zeros(num_envs, bool)
+
+    def __repr__(self) -> str:  # gymnasium's expects a spec of its own kind
+        return f"{type(self).__name__}({self.spec.env_id!r}, num_envs={self.num_envs})"
+
+    def _describe(
+        self, chunk: int, *, action_dim: int, state_dim: int, cameras: tuple, instruction: str, max_episode_steps: int
+    ) -> None:
+        """Set the spaces and the attributes that learners read."""
+        if not 1 <= chunk <= max_episode_steps:
+            raise EnvError(f"a chunk of {chunk} actions does not fit an episode of {max_episode_steps} steps")
+        self.instruction = instruction
+        self.instructions = [instruction] * self.num_envs
+        self.max_episode_steps, self.action_dim = max_episode_steps, action_dim
+        size = self.spec.image_size if cameras else 0
+        self.single_action_space = gym.spaces.Box(-1, 1, (chunk, action_dim), np.float32)
+        self.single_observation_space = gym.spaces.Dict(
+            image=gym.spaces.Box(0, 255, (len(cameras), size, size, 3), np.uint8),
+            state=gym.spaces.Box(-np.inf, np.inf, (state_dim,), np.float32),
+        )
+        self.action_space = gym.vector.utils.batch_space(self.single_action_space, self.num_envs)
+        self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, self.num_envs)
+
+    def _reset_arguments(self, seed: int | Iterable[int] | None, options: dict | None) -> tuple[np.ndarray, np.ndarray]:
+        """One seed per environment (B,) int, and which are to be reset (B,) bool."""
+        if seed is None:
+            seeds = self._rng.integers(2**31, size=self.num_envs)
+        else:
+            seeds = seed + np.arange(self.num_envs) if np.ndim(seed) == 0 else np.asarray(seed)
+        mask = np.asarray((options or {}).get("reset_mask", np.ones(self.num_envs, bool)), bool)
+        for name, array in (("seed", seeds), ("reset_mask", mask)):
+            if array.shape != (self.num_envs,):
+                raise EnvError(f"reset takes one {name} per environment ({self.num_envs}), got an array of shape {array.shape}")
+        return seeds, mask
+
+    def _step_argument(self, chunk: np.ndarray) -> np.ndarray:
+        """The chunk as float32 (B, n, A), no longer than an episode, after it has been found sound."""
+        chunk = np.asarray(chunk, np.float32)
+        if chunk.ndim != 3 or chunk.shape[0] != self.num_envs or chunk.shape[2] != self.action_dim:
+            raise EnvError(f"step takes a chunk of shape ({self.num_envs}, n, {self.action_dim}), got {chunk.shape}")
+        chunk = chunk[:, : self.max_episode_steps]
+        if not np.isfinite(chunk[self._running]).all():
+            raise EnvError("step got actions that are not finite numbers: the policy has diverged")
+        return chunk
+
+
+class ChunkVecEnv(ChunkEnv):
+    """`ChunkEnv` on a pool of CPU processes, each holding some of the environments."""
+
+    def __init__(self, spec: EnvSpec, num_envs: int, num_workers: int, *, chunk: int, seed: int, observe_terminal: bool):
+        super().__init__(spec, num_envs, seed)
+        self.observe_terminal = observe_terminal
+        self._lost = np.zeros(num_envs, bool)  # died since the last step that could tell
         self._blocks: list[SharedMemory] = []
         self._restarts = 0
         num_workers = min(num_workers, num_envs)
@@ -157,28 +211,14 @@ class ChunkVecEnv(gym.vector.VectorEnv):
         self._where = {slot: (worker, i) for worker in self._workers for i, slot in enumerate(worker.slots)}
         try:
             facts = [self._receive_or_fail(worker) for worker in self._workers][0]
+            self._describe(chunk, **facts)
         except BaseException:
             self.close()
             raise
-        self.instruction: str = facts["instruction"]
-        self.instructions = [self.instruction] * num_envs
-        self.max_episode_steps: int = facts["max_episode_steps"]
-        self.action_dim: int = facts["action_dim"]
-        cameras, size = len(facts["cameras"]), spec.image_size if facts["cameras"] else 0
-        if not 1 <= chunk <= self.max_episode_steps:
-            self.close()
-            raise EnvError(f"a chunk of {chunk} actions does not fit an episode of {self.max_episode_steps} steps")
-        self.single_action_space = gym.spaces.Box(-1, 1, (chunk, self.action_dim), np.float32)
-        self.single_observation_space = gym.spaces.Dict(
-            image=gym.spaces.Box(0, 255, (cameras, size, size, 3), np.uint8),
-            state=gym.spaces.Box(-np.inf, np.inf, (facts["state_dim"],), np.float32),
-        )
-        self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
-        self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
         self._arrays, self._attach = {}, {}
         for name, shape, dtype in [
-            ("image", (num_envs, cameras, size, size, 3), np.uint8),
-            ("state", (num_envs, facts["state_dim"]), np.float32),
+            ("image", self.observation_space["image"].shape, np.uint8),
+            ("state", self.observation_space["state"].shape, np.float32),
             ("chunk", (num_envs, self.max_episode_steps, self.action_dim), np.float32),
         ]:
             block = SharedMemory(create=True, size=max(1, int(np.prod(shape)) * np.dtype(dtype).itemsize))
@@ -188,38 +228,27 @@ class ChunkVecEnv(gym.vector.VectorEnv):
         for worker in self._workers:
             worker.send("attach", self._attach)
             self._receive_or_fail(worker)
-        self._running = np.zeros(num_envs, bool)
-        self._success = np.zeros(num_envs, bool)
 
     # gymnasium's interface
 
     def reset(self, *, seed: int | Iterable[int] | None = None, options: dict | None = None) -> tuple[dict, dict]:
-        if seed is None:
-            seeds = self._rng.integers(2**31, size=self.num_envs)
-        else:
-            seeds = seed + np.arange(self.num_envs) if np.ndim(seed) == 0 else np.asarray(seed)
-        if seeds.shape != (self.num_envs,):
-            raise EnvError(f"reset takes one seed or {self.num_envs} of them, got an array of shape {seeds.shape}")
-        mask = np.asarray((options or {}).get("reset_mask", np.ones(self.num_envs, bool)))
+        seeds, mask = self._reset_arguments(seed, options)
         jobs = {slot: (int(seeds[slot]),) for slot in np.flatnonzero(mask)}
-        lost = self._run("reset", jobs)[1]
-        if lost.any():  # its replacement starts from the same seeds; a second death in a row is an error
-            if self._run("reset", {slot: jobs[slot] for slot in np.flatnonzero(lost)})[1].any():
+        dead = self._run("reset", jobs)[1] & mask
+        if dead.any():  # its replacement starts from the same seeds; a second death in a row is an error
+            if self._run("reset", {slot: jobs[slot] for slot in np.flatnonzero(dead)})[1].any():
                 raise EnvError("an environment worker died twice while resetting")
-        self._running[mask], self._success[mask] = True, False
+        self._running[mask], self._success[mask], self._lost[mask] = True, False, False
         zeros = np.zeros(self.num_envs, int)
         return self._observation(), {"success": self._success.copy(), "steps": zeros, "lost": zeros.astype(bool)}
 
     def step(self, chunk: np.ndarray) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray, dict]:
-        chunk = np.asarray(chunk, np.float32)
-        if chunk.ndim != 3 or chunk.shape[0] != self.num_envs or chunk.shape[2] != self.action_dim:
-            raise EnvError(f"step takes a chunk of shape ({self.num_envs}, n, {self.action_dim}), got {chunk.shape}")
-        n = min(chunk.shape[1], self.max_episode_steps)
-        if not np.isfinite(chunk[self._running]).all():
-            raise EnvError("step got actions that are not finite numbers: the policy has diverged")
-        self._arrays["chunk"][:, :n] = chunk[:, :n]
-        jobs = {slot: (n, self.observe_terminal) for slot in np.flatnonzero(self._running)}
-        outcomes, lost = self._run("step", jobs)
+        chunk = self._step_argument(chunk)
+        n = chunk.shape[1]
+        self._arrays["chunk"][:, :n] = chunk
+        jobs = {slot: (n, self.observe_terminal) for slot in np.flatnonzero(self._running & ~self._lost)}
+        outcomes = self._run("step", jobs)[0]
+        lost, self._lost = self._lost, np.zeros(self.num_envs, bool)
         reward = np.zeros(self.num_envs, np.float32)
         terminated, truncated = ~self._running & self._success, lost.copy()
         steps = np.zeros(self.num_envs, int)
@@ -236,8 +265,12 @@ class ChunkVecEnv(gym.vector.VectorEnv):
         return [frames.get(slot, blank) for slot in slots]
 
     def demonstrate(self, jobs: Iterable[dict]) -> Iterator[Any]:
-        """Run `envs.demos.demonstrate(env, **job)` for every job, one at a time on each worker; yields results in their order."""
+        """Run `envs.demos.demonstrate(env, **job)` for every job, one at a time on each worker; yields results in their order.
+
+        This ends all episodes of the pool: reset before the next step.
+        """
         jobs = list(jobs)
+        self._running[:] = False
         for start in range(0, len(jobs), len(self._workers)):
             batch = list(zip(self._workers, jobs[start : start + len(self._workers)], strict=False))
             for worker, job in batch:
@@ -279,15 +312,16 @@ class ChunkVecEnv(gym.vector.VectorEnv):
             busy.setdefault(worker.index, []).append((i, int(slot), *job))
         for index, payload in busy.items():
             self._workers[index].send(command, payload)
-        results, lost = [], np.zeros(self.num_envs, bool)
+        results, dead = [], np.zeros(self.num_envs, bool)
         for index in busy:
             worker = self._workers[index]
             try:
                 results += worker.receive() or []
             except EOFError:
                 self._replace(worker)
-                lost[list(worker.slots)] = self._running[list(worker.slots)] | (command == "reset")
-        return results, lost
+                dead[list(worker.slots)] = True
+        self._lost |= dead & self._running
+        return results, dead
 
     def _replace(self, worker: _Worker) -> None:
         self._restarts += 1

@@ -1,0 +1,343 @@
+"""The programs from end to end, on the real simulator: short runs, resuming, and one line for each mistake."""
+
+import ast
+import contextlib
+import json
+import multiprocessing.spawn
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from multiprocessing.spawn import get_preparation_data
+from pathlib import Path
+from unittest import mock
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import envs
+import policies
+from algos import sft_pi0, stepnft_pi0
+from envs import demos
+
+ROOT = Path(__file__).resolve().parent.parent
+STATE_DIMS = dict(rgb=29, state=42)  # of PickCube-v1
+SHORT = (
+    "--num-envs 2 --rollout-epochs 2 --group-size 2 --labels binary --eval-episodes 2 --final-eval-episodes 2 "
+    "--update-epochs 1 --num-minibatches 2 --num-threads 1"
+).split()
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def random_checkpoint(folder: Path, obs_mode: str, state_dim: int | None = None) -> Path:
+    """A tiny policy with random weights for PickCube-v1."""
+    torch.manual_seed(0)
+    state_dim = state_dim or STATE_DIMS[obs_mode]
+    config = policies.Pi0Config.tiny(
+        num_cameras=int(obs_mode == "rgb"), image_size=48, vlm_depth=2, vision_depth=1, state_dim=48, horizon=8
+    )
+    policy = policies.Pi0(config)
+    policy.processor = policies.Processor(
+        config, policies.Tokenizer(), policies.NormStats.identity(state_dim), policies.NormStats.identity(7)
+    )
+    policy.meta = dict(env_id="PickCube-v1", obs_mode=obs_mode, execute=5)
+    policies.save(policy, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return {mode: random_checkpoint(folder / mode, mode) for mode in ("rgb", "state")}
+
+
+def preparation_without_main(name: str) -> dict:
+    """What a spawned worker gets, less the order to import the program: it has no use for it, and that takes seconds."""
+    data = get_preparation_data(name)
+    return {key: value for key, value in data.items() if not key.startswith("init_main")}
+
+
+def run(script: str, *arguments, cwd: Path) -> None:
+    """What `python algos/<script>.py <arguments>` does, without importing torch once more."""
+    before = os.getcwd()
+    os.chdir(cwd)
+    try:
+        with (
+            mock.patch.object(sys, "argv", [f"algos/{script}.py", *map(str, arguments)]),
+            mock.patch.object(multiprocessing.spawn, "get_preparation_data", preparation_without_main),
+        ):
+            runpy.run_path(str(ROOT / "algos" / f"{script}.py"), run_name="__main__")
+    finally:
+        os.chdir(before)
+
+
+def only_run(cwd: Path) -> Path:
+    (folder,) = (cwd / "runs").iterdir()
+    return folder
+
+
+def train(cwd: Path, *arguments) -> Path:
+    """A run of stepnft_pi0.py in `cwd`; returns its folder."""
+    cwd.mkdir(exist_ok=True)
+    run("stepnft_pi0", *arguments, cwd=cwd)
+    return only_run(cwd)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return policies.load(folder).state_dict()
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one | other)
+
+
+def scalars(folder: Path) -> dict[str, dict[int, float]]:
+    """Tag -> step -> value of everything in a TensorBoard folder."""
+    events = EventAccumulator(str(folder)).Reload()
+    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+
+# -------------------------------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (dict(iterations=-1), "--iterations must be at least 1, got -1"),
+        (dict(num_envs=0), "--num-envs"),
+        (dict(num_minibatches=0), "--num-minibatches"),
+        (dict(final_eval_episodes=0), "--final-eval-episodes"),
+        (dict(execute=-1), "--execute"),
+        (dict(max_minutes=-0.1), "--max-minutes"),
+        (dict(noise_level=0.0), "--noise-level"),
+        (dict(noise_level=float("nan")), "--noise-level"),
+        (dict(learning_rate=-1e-4), "--learning-rate"),
+        (dict(max_drift=0.0), "--max-drift"),
+        (dict(ema_end=1.5), "--ema-end"),
+        (dict(ema_start=-0.1), "--ema-start"),
+        (dict(seed=-1), "--seed"),
+        (dict(num_threads=-1), "--num-threads"),
+        (dict(device="gpu"), "--device"),
+        (dict(num_envs=10, group_size=4), "--num-envs 10 must be a multiple of --group-size 4"),
+        (dict(labels="group", group_size=1), "--group-size"),
+    ],
+)
+def test_arguments_that_cannot_work_are_named_in_one_line(arguments, named):
+    with pytest.raises(envs.EnvError) as error:
+        stepnft_pi0.check(stepnft_pi0.Args(**arguments))
+    assert named in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_defaults_pass_the_check():
+    stepnft_pi0.check(stepnft_pi0.Args())
+
+
+@pytest.mark.parametrize("module", [stepnft_pi0, sft_pi0])
+def test_help_explains_every_option(module, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit) as stop:
+        tyro.cli(module.Args, args=["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    (definition,) = (
+        node for node in ast.parse(Path(module.__file__).read_text()).body if isinstance(node, ast.ClassDef) and node.name == "Args"
+    )
+    options = definition.body[::2]
+    assert [option.target.id for option in options] == list(module.Args.__dataclass_fields__)
+    for option, docstring in zip(options, definition.body[1::2], strict=True):
+        assert f"--{option.target.id.replace('_', '-')}" in text
+        assert docstring.value.value.splitlines()[0] in text  # a docstring per field, as written
+
+
+def refusal(script: str, *arguments, cwd: Path) -> str:
+    """The one line with which a program ends."""
+    with pytest.raises(SystemExit) as stop:
+        run(script, *arguments, cwd=cwd)
+    message = stop.value.code  # Python prints it to stderr and exits with 1
+    assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message
+    assert not (cwd / "runs").exists()  # nothing has begun
+    return message
+
+
+def test_a_task_that_needs_a_download(checkpoints, tmp_path):
+    message = refusal(
+        "stepnft_pi0", "--env-id", "PickSingleYCB-v1", "--obs-mode", "state", "--checkpoint", checkpoints["state"], cwd=tmp_path
+    )
+    assert "PickSingleYCB-v1 needs" in message and "python -m mani_skill.utils.download_asset" in message
+
+
+def test_checkpoints_that_do_not_fit(checkpoints, tmp_path):
+    def refused(checkpoint, *arguments):
+        return refusal("stepnft_pi0", "--obs-mode", "state", "--checkpoint", checkpoint, *arguments, cwd=tmp_path)
+
+    assert "'nowhere' is neither a folder nor a bundled name" in refused("nowhere")
+    assert "--execute 9 is longer than the 8 actions" in refused(checkpoints["state"], "--execute", 9)
+    assert "trained in rgb mode: add --obs-mode rgb" in refused(checkpoints["rgb"])
+    broken = shutil.copytree(checkpoints["state"], tmp_path / "broken")
+    file = broken / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+    assert "model.safetensors is not a complete safetensors file" in refused(broken)
+    config = broken / "config.json"
+    config.write_text("{")
+    assert "config.json is not readable JSON" in refused(broken)
+
+
+def test_a_run_that_cannot_be_resumed(tmp_path):
+    assert "args.json cannot be read" in refusal("stepnft_pi0", "--resume", "missing", cwd=tmp_path)
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "args.json").write_text('{"no_such_option": 1}')
+    assert "no_such_option" in refusal("stepnft_pi0", "--resume", "odd", cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "arguments, named", [("--execute 9", "horizon"), ("--train most", "--train"), ("--base nowhere", "nowhere")]
+)
+def test_sft_refuses_before_it_starts(arguments, named, tmp_path):
+    assert named in refusal("sft_pi0", *arguments.split(), cwd=tmp_path)
+
+
+@pytest.mark.parametrize("case", ["unknown task", "negative count", "another task's checkpoint", "no driver"])
+def test_a_mistake_prints_one_line_and_no_traceback(case, checkpoints, tmp_path):
+    """In a process of its own: nothing else may be printed, by workers or at exit."""
+    environment, arguments = dict(os.environ, CUDA_VISIBLE_DEVICES=""), []
+    checkpoint, named = checkpoints["state"], ""
+    if case == "unknown task":
+        arguments, named = ["--env-id", "PickCubes-v1"], "unknown environment id 'PickCubes-v1'"
+    elif case == "negative count":
+        arguments, named = ["--iterations", "-1"], "--iterations must be at least 1, got -1"
+    elif case == "another task's checkpoint":
+        checkpoint, named = random_checkpoint(tmp_path / "other", "state", state_dim=35), "made for 35 state dimensions"
+    else:
+        environment["VK_DRIVER_FILES"], named = "/nonexistent", "no usable Vulkan driver with VK_DRIVER_FILES=/nonexistent"
+    command = [sys.executable, ROOT / "algos" / "stepnft_pi0.py", "--obs-mode", "state", "--checkpoint", checkpoint]
+    command += "--num-envs 1 --group-size 1 --labels binary".split()
+    result = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
+    assert result.returncode == 1
+    lines = (result.stdout + result.stderr).splitlines()
+    if case == "no driver":  # SAPIEN's renderer has its own word to say
+        lines = [line for line in lines if "[svulkan2]" not in line]
+    (line,) = lines
+    assert line.startswith("error: ") and named in line
+    assert not (tmp_path / "runs").exists()
+
+
+# -------------------------------------------------------------------------------------------------------------- runs
+
+
+def test_an_rgb_run_leaves_everything_behind_and_can_be_resumed(checkpoints, tmp_path):
+    folder = train(tmp_path, "--checkpoint", checkpoints["rgb"], *SHORT, "--iterations", 2, "--seed", 3)
+    initial, policy, rollout_policy = (weights(f) for f in (checkpoints["rgb"], folder / "policy", folder / "rollout_policy"))
+    trained = {name for name in initial if not torch.equal(initial[name], policy[name])}
+    frozen = ("vision_tower.", "multi_modal_projector.", "language_model.")
+    assert trained and not any(name.startswith(frozen) for name in trained)
+    assert trained == {name for name in initial if not torch.equal(initial[name], rollout_policy[name])}
+    assert policies.load(folder / "policy").meta["execute"] == 5
+
+    assert iio.imread(folder / "curve.png").shape[-1] in (3, 4)
+    film = iio.imread(tmp_path / "videos" / f"{folder.name}.mp4")
+    assert film.ndim == 4 and len(film) > 50 and film.shape[-1] == 3  # a frame per control step
+    assert film.std() > 5 and np.ptp(film.astype(int), axis=0).max() > 50  # of something that moves
+
+    result = json.loads((folder / "result.json").read_text())
+    assert (result["env_id"], result["obs_mode"], result["seed"], result["iterations"]) == ("PickCube-v1", "rgb", 3, 2)
+    assert result["checkpoint"] == str(checkpoints["rgb"]) and result["args"]["num_envs"] == 2
+    assert "algos/stepnft_pi0.py" in result["command"] and "--seed 3" in result["command"]
+    assert 0 < result["env_steps"] <= 2 * 4 * 50  # iterations, episodes, their limit
+    assert result["training_minutes"] > 0 and result["versions"]["torch"] == torch.__version__
+    for name in ("before", "after", "after_rollout_policy"):
+        low, high = result[name]["interval"]
+        assert result[name]["episodes"] == 2 and 0 <= low <= result[name]["success"] <= high <= 1
+    assert [point["iteration"] for point in result["curve"]] == [0, 2]
+
+    logged = scalars(folder)
+    for tag in (
+        "charts/rollout_success",
+        "charts/SPS",
+        "charts/ema_decay",
+        "losses/ranking",
+        "losses/pref_acc",
+        "losses/grad_norm",
+    ):
+        assert list(logged[tag]) == [1, 2] and np.isfinite(list(logged[tag].values())).all()
+    assert logged["charts/env_steps"][2] == result["env_steps"]
+    assert logged["charts/learning_rate"][1] == pytest.approx(1e-4 / 5) and logged["charts/learning_rate"][2] == pytest.approx(
+        2e-4 / 5
+    )
+
+    events = set(folder.glob("events*"))
+    arguments = folder / "args.json"
+    arguments.write_text(json.dumps(json.loads(arguments.read_text()) | {"video": False}))
+    run("stepnft_pi0", "--resume", f"runs/{folder.name}", "--iterations", 3, cwd=tmp_path)
+    assert only_run(tmp_path) == folder
+    result = json.loads((folder / "result.json").read_text())
+    assert result["iterations"] == 3 and [point["iteration"] for point in result["curve"]] == [0, 2, 3]
+    for old in events:
+        old.unlink()
+    assert list(scalars(folder)["losses/ranking"]) == [3]  # one iteration more, and no other again
+    assert not same(weights(folder / "policy"), policy)
+
+
+@pytest.fixture(scope="module")
+def state_run(checkpoints, tmp_path_factory):
+    """(run folder, its arguments): two iterations in state mode, uninterrupted."""
+    arguments = ["--obs-mode", "state", "--checkpoint", checkpoints["state"], *SHORT, "--no-video"]
+    return train(tmp_path_factory.mktemp("straight"), *arguments, "--iterations", 2), arguments
+
+
+def test_one_seed_is_one_run_and_resuming_changes_nothing(state_run, checkpoints, tmp_path):
+    straight, arguments = state_run
+    one, other = (
+        train(tmp_path / name, *arguments, "--iterations", 1, "--seed", seed) for name, seed in (("one", 1), ("other", 2))
+    )
+    policy, first = weights(one / "policy"), scalars(one)
+    assert not same(policy, weights(other / "policy"))
+    for tag in ("losses/loss", "losses/grad_norm", "losses/drift", "charts/env_steps"):
+        assert first[tag][1] == scalars(straight)[tag][1] and (tag == "charts/env_steps" or first[tag] != scalars(other)[tag])
+
+    # θ_old after the first iteration is 0.1 of what it was and 0.9 of θ
+    initial, rollout_policy = weights(checkpoints["state"]), weights(one / "rollout_policy")
+    for name, value in rollout_policy.items():
+        torch.testing.assert_close(value, 0.1 * initial[name] + 0.9 * policy[name], rtol=1e-5, atol=1e-7)
+    assert not same(rollout_policy, policy)
+
+    run("stepnft_pi0", "--resume", one, "--iterations", 2, cwd=tmp_path)
+    assert same(weights(one / "policy"), weights(straight / "policy"))
+    assert same(weights(one / "rollout_policy"), weights(straight / "rollout_policy"))
+    assert not same(weights(one / "policy"), policy)
+
+
+def test_an_iteration_without_contrast_changes_nothing(state_run, checkpoints, tmp_path):
+    """Group labels, and a policy that never succeeds: there is nothing to rank, and the run goes on."""
+    _, arguments = state_run
+    folder = train(tmp_path, *arguments, "--labels", "group", "--iterations", 1)
+    assert json.loads((folder / "result.json").read_text())["iterations"] == 1
+    logged = scalars(folder)
+    assert logged["charts/signal"][1] == 0 and logged["charts/rollout_success"][1] == 0
+    assert same(weights(folder / "policy"), weights(checkpoints["state"]))
+
+
+def test_a_short_sft_writes_a_policy_that_knows_its_data(tmp_path):
+    arguments = "--obs-mode state --demos 4 --steps 5 --eval-episodes 4 --num-envs 4 --num-threads 1 --no-video --output out"
+    with contextlib.redirect_stdout(None):
+        run("sft_pi0", *arguments.split(), cwd=tmp_path)
+    policy = policies.load(tmp_path / "out")
+    data = demos.read(tmp_path / "demos" / "PickCube-v1-state-4.h5")
+    assert len(data.start) == 4
+    assert policy.processor.state_stats.mean == pytest.approx(data.state.mean(0), rel=1e-4, abs=1e-5)
+    assert len(policy.processor.action_stats) == 7
+    assert (policy.meta["env_id"], policy.meta["obs_mode"], policy.meta["execute"]) == ("PickCube-v1", "state", 4)
+    sft = policy.meta["sft"]
+    assert (sft["demos"], sft["steps"], sft["episodes"]) == (4, 5, 4)
+    assert sft["interval"][0] <= sft["success"] <= sft["interval"][1]
+    assert scalars(only_run(tmp_path))["losses/flow"].keys() == {0, 4}
