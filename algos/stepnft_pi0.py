@@ -56,9 +56,12 @@ class Args:
     """rounds of episodes per iteration: num_envs × rollout_epochs episodes (authors: 64 × 8 LIBERO, 128 × 10 ManiSkill)"""
     execute: int = 0
     """actions executed of each predicted chunk; 0: as in the checkpoint (authors: 5, LIBERO-long 10)"""
+    rollout_steps: int = 32
+    """steps after which a training episode counts as failed; 0: the task's own limit, as in evaluations (authors' ManiSkill: 60,
+    evaluation 80)"""
     num_steps: int = 4
     """solver steps K (authors: 4)"""
-    noise_level: float = 0.8
+    noise_level: float = 0.7
     """a of σ_t = a·sqrt(t / (1 − t)), the exploration noise on every solver step (authors: 0.2)"""
     transitions: Literal["random", "all"] = "all"
     """which solver transitions of a chunk to learn from: one random (the paper) or all K (same environment cost)"""
@@ -72,7 +75,7 @@ class Args:
     """passes over each iteration's chunks (authors: π0 2 to 5)"""
     num_minibatches: int = 8
     """minibatches per epoch: few and large, as Adam's full-size steps amplify gradient noise"""
-    learning_rate: float = 1e-4
+    learning_rate: float = 7e-5
     """Adam's (authors: 1e-5 LIBERO, 8e-6 ManiSkill, at 3 B parameters)"""
     warmup_iterations: int = 5
     """iterations of linear learning-rate warm-up"""
@@ -256,7 +259,7 @@ def check(args: Args) -> None:
                  "eval_episodes", "final_eval_episodes", "save_every"):  # fmt: skip
         if getattr(args, name) < 1:
             raise envs.EnvError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    for name in ("execute", "eval_every", "warmup_iterations", "max_minutes", "tr_coef", "std_eps", "seed", "num_threads"):
+    for name in ("execute", "rollout_steps", "eval_every", "warmup_iterations", "max_minutes", "tr_coef", "std_eps", "seed", "num_threads"):
         if not getattr(args, name) >= 0:
             raise envs.EnvError(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
     for name in ("noise_level", "learning_rate", "beta", "max_drift", "max_grad_norm"):
@@ -390,7 +393,7 @@ if __name__ == "__main__":
                     obs, _ = venv.reset(seed=seeds)
                     running, gone = np.ones(args.num_envs, bool), np.zeros(args.num_envs, bool)
                     position = 0
-                    while running.any():
+                    while running.any() and not 0 < args.rollout_steps <= position * execute:
                         index = np.flatnonzero(running)
                         images, image_mask, tokens, token_mask, state = policy.processor(
                             {k: v[index] for k, v in obs.items()}, [venv.instructions[i] for i in index]
