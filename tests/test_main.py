@@ -217,7 +217,7 @@ def test_a_mistake_prints_one_line_and_no_traceback(case, checkpoints, tmp_path)
     elif case == "negative count":
         arguments, named = ["--iterations", "-1"], "--iterations must be at least 1, got -1"
     elif case == "another task's checkpoint":
-        checkpoint, named = random_checkpoint(tmp_path / "other", "state", state_dim=35), "made for 35 state dimensions"
+        checkpoint, named = random_checkpoint(tmp_path / "other", "state", state_dim=35), "35 state dimensions, PickCube-v1 has 42"
     else:
         environment["VK_DRIVER_FILES"], named = "/nonexistent", "no usable Vulkan driver with VK_DRIVER_FILES=/nonexistent"
     command = [sys.executable, ROOT / "algos" / "stepnft_pi0.py", "--obs-mode", "state", "--checkpoint", checkpoint]
