@@ -259,7 +259,8 @@ def check(args: Args) -> None:
                  "eval_episodes", "final_eval_episodes", "save_every"):  # fmt: skip
         if getattr(args, name) < 1:
             raise envs.EnvError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    for name in ("execute", "rollout_steps", "eval_every", "warmup_iterations", "max_minutes", "tr_coef", "std_eps", "seed", "num_threads"):
+    for name in ("execute", "rollout_steps", "eval_every", "warmup_iterations", "max_minutes", "tr_coef", "std_eps", "seed",
+                 "num_threads"):  # fmt: skip
         if not getattr(args, name) >= 0:
             raise envs.EnvError(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
     for name in ("noise_level", "learning_rate", "beta", "max_drift", "max_grad_norm"):
@@ -336,7 +337,7 @@ if __name__ == "__main__":
             ("action", venv.action_dim, len(policy.processor.action_stats.mean)),
         ):
             if given != expected:
-                raise envs.EnvError(f"{checkpoint} takes {expected} {name} dimensions, {args.env_id} has {given}: use its own policy")
+                raise envs.EnvError(f"{checkpoint} takes {expected} {name} dimensions, {args.env_id} has {given}: use its policy")
 
         # Resume
         iteration, env_steps, trained_s, curve = 0, 0, 0.0, []
