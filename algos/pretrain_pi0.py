@@ -35,7 +35,7 @@ class Args:
     noise: float = 0.6
     """noise on the expert's executed translation, relative to it: variety of scenes"""
     dataset: str | None = None
-    """file with the rendered scenes; by default demos/<env>-scenes-<episodes>.h5, rendered if it is not there"""
+    """file with the rendered scenes; by default one in demos/ named after these options, rendered if it is not there"""
     output: str = "runs/pretrained"
     """checkpoint folder to write"""
     image_size: int = 96
@@ -61,9 +61,9 @@ def main(args: Args) -> None:
         raise envs.EnvError("--episodes, --epochs and --batch-size must be positive")
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.num_threads or os.cpu_count())
-    path = args.dataset or f"demos/{args.env_id}-scenes-{args.episodes}.h5"
-    if os.path.exists(path):
-        data = demos.read(path)
+    path = f"demos/{args.env_id}-scenes-{args.image_size}px-{args.episodes}-noise{args.noise}.h5"
+    if args.dataset or os.path.exists(path):
+        data = demos.read(args.dataset or path, env_id=args.env_id, obs_mode="rgb")
     else:
         venv = envs.make(args.env_id, os.cpu_count(), obs_mode="rgb", image_size=args.image_size)
         # Seeds of their own: few-shot demonstrations come from other episodes.
@@ -129,5 +129,5 @@ def main(args: Args) -> None:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__))
-    except (envs.EnvError, policies.CheckpointError, ValueError) as error:
+    except (envs.EnvError, policies.CheckpointError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -36,7 +36,7 @@ class Args:
     demo_noise: float = 0.5
     """noise on the demonstrator's executed translation, relative to it; the recorded action is the clean one"""
     dataset: str | None = None
-    """demonstration file; by default demos/<env>-<obs mode>-<demos>.h5, collected if it is not there"""
+    """demonstration file to read; by default one in demos/ named after these options, collected if it is not there"""
     base: str | None = None
     """checkpoint to start from, e.g. one with pre-trained vision (algos/pretrain_pi0.py); default: random weights"""
     train: str = "all"
@@ -95,9 +95,10 @@ def main(args: Args) -> None:
     base = policies.load(args.base, device) if args.base else None
     image_size = base.config.image_size if base else args.image_size
     venv = envs.make(args.env_id, args.num_envs, obs_mode=args.obs_mode, image_size=image_size, chunk=args.execute, seed=args.seed)
-    path = args.dataset or f"demos/{args.env_id}-{args.obs_mode}-{args.demos}.h5"
-    if os.path.exists(path):
-        data = demos.read(path)
+    size = f"{image_size}px-" if args.obs_mode == "rgb" else ""
+    path = f"demos/{args.env_id}-{args.obs_mode}-{size}{args.demos}-noise{args.demo_noise}.h5"
+    if args.dataset or os.path.exists(path):
+        data = demos.read(args.dataset or path, env_id=args.env_id, obs_mode=args.obs_mode)
     else:
         data = demos.collect(path, venv, args.demos, noise=args.demo_noise)
     chunks = data.chunks(args.horizon)  # (N, H, A)
@@ -189,5 +190,5 @@ def main(args: Args) -> None:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__))
-    except (envs.EnvError, policies.CheckpointError, ValueError) as error:
+    except (envs.EnvError, policies.CheckpointError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")

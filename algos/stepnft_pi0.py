@@ -45,7 +45,7 @@ class Args:
     iterations: int = 80
     """rollout + update rounds (authors: 400 LIBERO, 240 ManiSkill)"""
     max_minutes: float = 26.0
-    """stop training after so many minutes even if iterations remain; 0: no limit"""
+    """stop training after so many minutes of this call even if iterations remain (--resume goes on); 0: no limit"""
     train: Literal["expert", "all"] = "expert"
     """expert: the VLM is frozen and each prefix is computed once (the authors' choice); all: everything is trained"""
 
@@ -280,10 +280,10 @@ def check(args: Args) -> None:
 if __name__ == "__main__":
     try:
         args = tyro.cli(Args, description=__doc__)
-        if args.resume:  # the run's own arguments; more iterations and other threads are welcome
+        if args.resume:  # the run's own arguments; more iterations, another time limit and other threads are welcome
             stored = policies.read_json(Path(args.resume) / "args.json")
             try:
-                args = replace(Args(**stored), resume=args.resume, num_threads=args.num_threads,
+                args = replace(Args(**stored), resume=args.resume, num_threads=args.num_threads, max_minutes=args.max_minutes,
                                iterations=max(args.iterations, stored["iterations"]))  # fmt: skip
             except (TypeError, KeyError) as error:
                 raise envs.EnvError(f"{args.resume}/args.json is not this version's: {error}") from None
@@ -381,9 +381,9 @@ if __name__ == "__main__":
             before = success_rate(policy, args.final_eval_episodes, "evaluation before")
             note(before)
             print(f"before: {before}")
-        start = time.time() - trained_s
+        start, trained_before_s = time.time() - trained_s, trained_s
         bar = tqdm(total=args.iterations, initial=iteration, desc="StepNFT", smoothing=0.1)
-        while iteration < args.iterations and not (args.max_minutes and trained_s > 60 * args.max_minutes):
+        while iteration < args.iterations and not 0 < 60 * args.max_minutes < trained_s - trained_before_s:
             # ------------------------------------------------------------------ rollout: explore with θ_old, remember transitions
             began = time.time()
             chunks, success, lost, group = [], [], [], []
@@ -437,8 +437,8 @@ if __name__ == "__main__":
             # ------------------------------------------------------------------ update θ
             policy.train()
             sums, updates = {}, 0
-            for group_of in optimizer.param_groups:
-                group_of["lr"] = args.learning_rate * min(1.0, (iteration + 1) / max(1, args.warmup_iterations))
+            for param_group in optimizer.param_groups:
+                param_group["lr"] = args.learning_rate * min(1.0, (iteration + 1) / max(1, args.warmup_iterations))
             for _ in range(args.update_epochs if M else 0):  # nothing to learn from where no group has contrast
                 for mb in torch.randperm(M, device=device).chunk(args.num_minibatches):
                     n = b_step.shape[1]  # transitions per chunk; they share one prefix
@@ -517,7 +517,7 @@ if __name__ == "__main__":
             f"{args.env_id} ({args.obs_mode}): {100 * curve[0]['success']:.1f} % [{100 * low:.1f}, {100 * high:.1f}] → {after} (θ; "
             f"rollout policy θ_old: {after_old}) after {env_steps} environment steps in {trained_s / 60:.1f} min of training"
         )
-    except (envs.EnvError, policies.CheckpointError) as error:
+    except (envs.EnvError, policies.CheckpointError, OSError) as error:  # OSError: a full disk, a folder that is not ours
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted; go on with --resume and the run's folder under runs/")

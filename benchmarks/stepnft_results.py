@@ -10,6 +10,7 @@ whose file is there is not repeated.
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -34,8 +35,8 @@ class Args:
     """rgb or state"""
     seeds: list[int] = field(default_factory=list)
     """seeds to run where their result is missing"""
-    extra: list[str] = field(default_factory=list)
-    """further arguments for algos/stepnft_pi0.py"""
+    extra: str = ""
+    """further arguments for algos/stepnft_pi0.py, in one string, e.g. --extra="--max-minutes 18" """
 
 
 def run(args: Args, seed: int) -> None:
@@ -43,7 +44,8 @@ def run(args: Args, seed: int) -> None:
     target = RESULTS / f"stepnft-{args.env_id}-{args.obs_mode}-{seed}.json"
     if target.exists():
         return
-    command = ["algos/stepnft_pi0.py", "--env-id", args.env_id, "--obs-mode", args.obs_mode, "--seed", str(seed), *args.extra]
+    command = ["algos/stepnft_pi0.py", "--env-id", args.env_id, "--obs-mode", args.obs_mode, "--seed", str(seed)]
+    command += shlex.split(args.extra)
     print("python", *command, flush=True)
     before = set((ROOT / "runs").glob("*/result.json"))
     if subprocess.run([sys.executable, *command], cwd=ROOT).returncode:

@@ -125,13 +125,19 @@ def collect(
     return read(path)
 
 
-def read(path: str | Path) -> Demos:
-    """Read one demonstration file. Raises EnvError, naming what is missing, if it is not one."""
+def read(path: str | Path, **expected: str) -> Demos:
+    """Read one demonstration file. Raises EnvError, naming what is missing, if it is not one.
+
+    expected: attributes that the file must have, e.g. env_id="PickCube-v1"; another value is an EnvError too.
+    """
     path = Path(path)
     try:
         with h5py.File(path) as file:
             if file.attrs.get("format") != FORMAT:
                 raise EnvError(f"{path} is not a demonstration file: its attribute 'format' is not {FORMAT!r}")
+            for name, value in expected.items():
+                if file.attrs.get(name) != value:
+                    raise EnvError(f"{path} was made for {name} {file.attrs.get(name)!r}, not {value!r}")
             groups = [file[f"episode_{i}"] for i in range(len(file))]
             if not groups:
                 raise EnvError(f"{path} holds no episodes")

@@ -1,8 +1,9 @@
 """ManiSkill's delta end-effector control and grasp check for one CPU scene, in NumPy.
 
-ManiSkill steps one environment and a thousand by the same batched torch code; for one environment on a CPU that code costs ten
-times the physics (2.9 ms against 0.3 ms a control step). The functions here do the same arithmetic on single poses. They replace
-ManiSkill's only where its controller is exactly the one they reproduce; `tests/test_envs.py` holds both to the same states.
+ManiSkill steps one environment and a thousand by the same batched torch code; for one environment on a CPU that code takes 2.9 ms
+a control step, and the functions below 0.6 ms (PickCube-v1, one core, physics included). They do the same arithmetic on single
+poses, and replace ManiSkill's only where its controller is exactly the one they reproduce; `tests/test_envs.py` holds both to the
+same states.
 """
 
 from __future__ import annotations

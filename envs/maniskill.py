@@ -61,7 +61,7 @@ def _registry():
     return REGISTERED_ENVS, assets
 
 
-def check(env_id: str, control_mode: str | None = None) -> None:
+def check(env_id: str) -> None:
     """Raise EnvError, in one line, for an id that ManiSkill does not know or whose assets are not on this machine."""
     registered, assets = _registry()
     if env_id not in registered:

@@ -373,6 +373,18 @@ def test_bad_demonstration_files_are_told_in_one_line(tmp_path):
         assert name in str(error.value) and "\n" not in str(error.value)
 
 
+def test_demonstrations_of_another_task_or_mode_are_refused(tmp_path):
+    with h5py.File(tmp_path / "push.h5", "w") as file:
+        file.attrs.update(format=demos.FORMAT, env_id="PushCube-v1", obs_mode="state")
+        group = file.create_group("episode_0")
+        for name, shape in dict(image=(3, 0, 8, 8, 3), state=(3, 5), action=(3, 7), objects=(3, 1, 3)).items():
+            group[name] = np.zeros(shape)
+    assert len(demos.read(tmp_path / "push.h5", env_id="PushCube-v1", obs_mode="state").action) == 3
+    for attribute, value in (("env_id", "PickCube-v1"), ("obs_mode", "rgb")):
+        with pytest.raises(EnvError, match=f"made for {attribute}.*{value}"):
+            demos.read(tmp_path / "push.h5", **{attribute: value})
+
+
 def test_a_task_without_an_expert_has_no_demonstrations(tmp_path, monkeypatch, pool):
     monkeypatch.setattr(pool, "spec", EnvSpec("RollBall-v1", obs_mode="state"))
     with pytest.raises(EnvError, match="no expert for 'RollBall-v1'.*PickCube-v1"):

@@ -326,12 +326,29 @@ def test_an_iteration_without_contrast_changes_nothing(state_run, checkpoints, t
     assert same(weights(folder / "policy"), weights(checkpoints["state"]))
 
 
+def test_the_time_limit_is_for_one_sitting(state_run, tmp_path):
+    """A run that the clock ended goes on where it stopped, by as much again."""
+    _, arguments = state_run
+    folder = train(tmp_path, *arguments, "--iterations", 3, "--max-minutes", 1e-6)
+    for iteration in (1, 2):
+        assert json.loads((folder / "result.json").read_text())["iterations"] == iteration
+        run("stepnft_pi0", "--resume", folder, "--max-minutes", 1e-6, "--iterations", 3, cwd=tmp_path)
+    assert json.loads((folder / "result.json").read_text())["iterations"] == 3
+
+
+def test_a_dataset_that_is_not_there_is_an_error_and_not_a_wish(tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        run("sft_pi0", "--obs-mode", "state", "--num-envs", 1, "--dataset", "typo.h5", cwd=tmp_path)
+    assert str(stop.value) == "error: no demonstration file at typo.h5"
+    assert not (tmp_path / "typo.h5").exists()
+
+
 def test_a_short_sft_writes_a_policy_that_knows_its_data(tmp_path):
     arguments = "--obs-mode state --demos 4 --steps 5 --eval-episodes 4 --num-envs 4 --num-threads 1 --no-video --output out"
     with contextlib.redirect_stdout(None):
         run("sft_pi0", *arguments.split(), cwd=tmp_path)
     policy = policies.load(tmp_path / "out")
-    data = demos.read(tmp_path / "demos" / "PickCube-v1-state-4.h5")
+    data = demos.read(tmp_path / "demos" / "PickCube-v1-state-4-noise0.5.h5")
     assert len(data.start) == 4
     assert policy.processor.state_stats.mean == pytest.approx(data.state.mean(0), rel=1e-4, abs=1e-5)
     assert len(policy.processor.action_stats) == 7
