@@ -147,10 +147,9 @@ def main(args: Args) -> None:
     with tqdm(range(args.steps), desc="SFT") as bar:
         for step in bar:
             rows = torch.randint(len(state), (args.batch_size,))
-            prefix = (cache[rows] if args.train == "expert" else encode(rows)).repeat(args.draws)
-            loss = policy.flow_loss(
-                prefix, state[rows].repeat_interleave(args.draws, 0), actions[rows].repeat_interleave(args.draws, 0)
-            )[..., : chunks.shape[-1]].mean()
+            prefix = cache[rows] if args.train == "expert" else encode(rows)
+            targets = actions[rows, None].expand(-1, args.draws, -1, -1)  # (b, draws, H, A)
+            loss = policy.flow_loss(prefix, state[rows], targets)[..., : chunks.shape[-1]].mean()
             optimizer.zero_grad()
             loss.backward()
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)

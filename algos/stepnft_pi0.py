@@ -441,16 +441,15 @@ if __name__ == "__main__":
                 param_group["lr"] = args.learning_rate * min(1.0, (iteration + 1) / max(1, args.warmup_iterations))
             for _ in range(args.update_epochs if M else 0):  # nothing to learn from where no group has contrast
                 for mb in torch.randperm(M, device=device).chunk(args.num_minibatches):
-                    n = b_step.shape[1]  # transitions per chunk; they share one prefix
-                    step = b_step[mb].reshape(-1)  # (b·n,)
-                    row = mb.repeat_interleave(n)
                     prefix = b_prefix[mb] if args.train == "expert" else policy.encode_prefix(*(x[mb] for x in b_inputs))
-                    x_t, x_next, v_old = b_x[row, step], b_x[row, step + 1], b_v[row, step]  # (b·n, H, A)
-                    v_theta = policy.velocity(prefix.repeat(n), b_state[row], x_t, 1 - step / K).float()
+                    step, row = b_step[mb], mb[:, None]  # (b, n): n transitions per chunk, which share its prefix
+                    x_t, x_next, v_old = b_x[row, step], b_x[row, step + 1], b_v[row, step]  # (b, n, H, A)
+                    v_theta = policy.velocity(prefix, b_state[mb], x_t, 1 - step / K).float()
+                    transitions = (v_theta, v_old, x_t, x_next, step, b_labels[row].expand_as(step))
                     loss, metrics = stepnft_loss(
-                        v_theta, v_old, x_t, x_next, step, b_labels[row], num_steps=K, noise_level=args.noise_level,
-                        beta=args.beta, max_drift=args.max_drift, tr_coef=args.tr_coef, std_eps=args.std_eps,
-                        granularity=args.granularity, mask=mask,
+                        *(x.flatten(0, 1) for x in transitions), num_steps=K, noise_level=args.noise_level, beta=args.beta,
+                        max_drift=args.max_drift, tr_coef=args.tr_coef, std_eps=args.std_eps, granularity=args.granularity,
+                        mask=mask,
                     )  # fmt: skip
                     optimizer.zero_grad()
                     loss.backward()

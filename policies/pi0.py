@@ -169,15 +169,6 @@ class Prefix:
             torch.cat([p.n_valid for p in prefixes]),
         )
 
-    def repeat(self, k: int) -> "Prefix":
-        """Each observation k times in a row (repeat_interleave): for several noise or time draws per observation."""
-        return Prefix(
-            self.keys.repeat_interleave(k, dim=1),
-            self.values.repeat_interleave(k, dim=1),
-            self.mask.repeat_interleave(k, dim=0),
-            self.n_valid.repeat_interleave(k, dim=0),
-        )
-
     def detach(self) -> "Prefix":
         """The same prefix without gradient history."""
         return Prefix(self.keys.detach(), self.values.detach(), self.mask, self.n_valid)
@@ -279,38 +270,44 @@ class Pi0(nn.Module):
         """Predicted velocity d x / d t at x_t.
 
         state: (B, S) normalised and padded; x_t: (B, H, A); t: (B,) in [0, 1], 1 is noise. -> v (B, H, A)
+
+        With x_t (B, n, H, A) and t (B, n), n points of the flow per observation share its prefix and its state token, which
+        costs much less than n observations: -> v (B, n, H, A).
         """
         return self.action_out_proj(self.features(prefix, state, x_t, t))
 
     def features(self, prefix: Prefix, state: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Expert output per action token, before the action head: (B, H, expert_width); inputs as in `velocity`."""
+        """Expert output per action token, before the action head: (B, [n,] H, expert_width); inputs as in `velocity`."""
         c = self.config
-        x = self.embed_suffix(state, x_t, t)  # (B, T, W): one state token, then the actions
+        x = self.embed_suffix(state, x_t, t)  # (B, T, W): one state token, then n times H actions
         T = x.shape[1]
-        positions = prefix.n_valid[:, None] + torch.arange(T, device=x.device)  # (B, T)
-        # The state token sees the prefix and itself, actions see everything; each row serves the query heads of a
-        # group.
-        own = torch.ones(T, T, dtype=torch.bool, device=x.device)
-        own[0, 1:] = False
+        # The state token sees the prefix and itself; an action sees the prefix, the state, and the actions of its own chunk.
+        index = torch.arange(T - 1, device=x.device)
+        chunk = index // c.horizon  # which of the n an action belongs to
+        own = torch.zeros(T, T, dtype=torch.bool, device=x.device)
+        own[:, 0] = True
+        own[1:, 1:] = chunk[:, None] == chunk
         own = own.expand(x.shape[0], T, T)
         visible = torch.cat((prefix.mask[:, None, :].expand(-1, T, -1), own), dim=2)  # (B, T, P + T)
+        positions = prefix.n_valid[:, None] + F.pad(1 + index % c.horizon, (1, 0))  # (B, T); the state token comes first
 
         dtype = self.expert.dtype
         x, keys, values = x.to(dtype), prefix.keys.to(dtype), prefix.values.to(dtype)
         rope = rotary(positions, c.head_dim, c.rope_theta, dtype)
+        # Each row of the mask serves the query heads of a group.
         attend = additive_mask(visible, dtype).repeat_interleave(c.heads // c.kv_heads, dim=1)[:, None]
         for index, layer in enumerate(self.expert.layers):
             x, _, _ = layer(x, rope, attend, past=(keys[index], values[index]))
-        return self.expert.norm(x[:, 1:]).to(self.action_out_proj.weight.dtype)
+        return self.expert.norm(x[:, 1:]).to(self.action_out_proj.weight.dtype).view(*x_t.shape[:-1], -1)
 
     def embed_suffix(self, state: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """State (B, S), noisy actions (B, H, A) and times (B,) -> expert tokens (B, 1 + H, expert_width)."""
+        """State (B, S), noisy actions (B, [n,] H, A), times (B, [n]) -> expert tokens (B, 1 + [n ·] H, expert_width)."""
         dtype = self.action_in_proj.weight.dtype
-        action = self.action_in_proj(x_t.to(dtype))  # (B, H, W)
+        action = self.action_in_proj(x_t.to(dtype))  # (B, [n,] H, W)
         time = time_embedding(t, self.config.expert_width, self.config.min_period, self.config.max_period).to(dtype)
-        action = self.action_time_mlp_in(torch.cat((action, time[:, None, :].expand_as(action)), dim=-1))
+        action = self.action_time_mlp_in(torch.cat((action, time[..., None, :].expand_as(action)), dim=-1))
         action = self.action_time_mlp_out(F.silu(action))
-        return torch.cat((self.state_proj(state.to(dtype))[:, None, :], action), dim=1)
+        return torch.cat((self.state_proj(state.to(dtype))[:, None, :], action.flatten(1, -2)), dim=1)
 
     # ---------------------------------------------------------------- flow
 
@@ -320,13 +317,14 @@ class Pi0(nn.Module):
         """Flow-matching loss of every action element, (B, H, A): (velocity(x_t) - (noise - actions))².
 
         actions: (B, H, A) normalised and padded; noise: (B, H, A), standard normal if None; t: (B,), drawn from
-        Beta(1.5, 1) * 0.999 + 0.001 if None (arXiv 2410.24164, appendix B).
+        Beta(1.5, 1) * 0.999 + 0.001 if None (arXiv 2410.24164, appendix B). Several draws per observation share its prefix:
+        expand actions to (B, n, H, A), and the loss has that shape.
         """
         if noise is None:
             noise = torch.randn_like(actions)
         if t is None:
-            t = sample_time(actions.shape[0], device=actions.device)
-        time = t[:, None, None].to(actions.dtype)
+            t = sample_time(actions.shape[:-2], device=actions.device)
+        time = t[..., None, None].to(actions.dtype)
         x_t = time * noise + (1 - time) * actions
         return (self.velocity(prefix, state, x_t, t) - (noise - actions)).square()
 
@@ -419,17 +417,17 @@ def cast_output(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
 
 
 def time_embedding(t: Tensor, width: int, min_period: float, max_period: float) -> Tensor:
-    """Sines, then cosines, of 2πt / period for width / 2 periods in geometric progression; t (B,) -> (B, width),
+    """Sines, then cosines, of 2πt / period for width / 2 periods in geometric progression; t (...) -> (..., width),
     float64.
 
     Computed in float64, because at the shortest period the angle reaches 1600 radians.
     """
     fraction = torch.linspace(0.0, 1.0, width // 2, dtype=torch.float64, device=t.device)
     frequency = 2 * math.pi / min_period * (min_period / max_period) ** fraction
-    angle = t.double()[:, None] * frequency
+    angle = t.double()[..., None] * frequency
     return torch.cat((angle.sin(), angle.cos()), dim=-1)
 
 
-def sample_time(batch: int, device: torch.device | str | None = None) -> Tensor:
-    """Training times (batch,) from Beta(1.5, 1) * 0.999 + 0.001; Beta(a, 1) is u^(1 / a) for uniform u."""
-    return torch.rand(batch, device=device) ** (1 / 1.5) * 0.999 + 0.001
+def sample_time(shape: int | tuple[int, ...], device: torch.device | str | None = None) -> Tensor:
+    """Training times from Beta(1.5, 1) * 0.999 + 0.001; Beta(a, 1) is u^(1 / a) for uniform u."""
+    return torch.rand(shape, device=device) ** (1 / 1.5) * 0.999 + 0.001

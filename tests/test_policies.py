@@ -230,7 +230,21 @@ def test_state_token_does_not_see_actions_but_actions_see_everything():
     assert torch.allclose(seen[0], seen[1], atol=1e-6)
 
 
-def test_prefix_selection_cat_and_repeat():
+def test_points_of_the_flow_that_share_a_prefix_are_as_if_alone():
+    policy = make_policy()
+    inputs = make_inputs(policy)
+    prefix, state = encode(policy, inputs), inputs["state"]
+    x_t = torch.randn(len(state), 3, *inputs["x_t"].shape[1:])
+    t = torch.rand(len(state), 3)
+    together = policy.velocity(prefix, state, x_t, t)
+    assert together.shape == x_t.shape
+    for i in range(3):
+        assert torch.allclose(together[:, i], policy.velocity(prefix, state, x_t[:, i], t[:, i]), atol=1e-5)
+    loss = policy.flow_loss(prefix, state, x_t, torch.zeros_like(x_t), t)
+    assert torch.allclose(loss[:, 1], policy.flow_loss(prefix, state, x_t[:, 1], torch.zeros_like(x_t[:, 1]), t[:, 1]), atol=1e-5)
+
+
+def test_prefix_selection_and_cat():
     policy = make_policy()
     inputs = make_inputs(policy)
     prefix, whole = encode(policy, inputs), velocity(policy, inputs)
@@ -241,10 +255,6 @@ def test_prefix_selection_cat_and_repeat():
     assert len(prefix[2]) == 1 and torch.equal(prefix[-1].keys, prefix.keys[:, -1:])
     joined = Prefix.cat([prefix[:1], prefix[1:]])
     assert all(torch.equal(getattr(joined, f.name), getattr(prefix, f.name)) for f in dataclasses.fields(Prefix))
-    doubled = prefix.repeat(2)
-    twice = {k: v.repeat_interleave(2, dim=0) for k, v in inputs.items()}
-    v = policy.velocity(doubled, twice["state"], twice["x_t"], twice["t"])
-    assert torch.allclose(v, whole.repeat_interleave(2, dim=0), atol=1e-6)
     assert prefix.keys.requires_grad and not prefix.detach().keys.requires_grad
     assert prefix.to(dtype=torch.float16).values.dtype == torch.float16
 
@@ -301,9 +311,7 @@ def test_small_policy_learns_to_overfit():
     actions, optimizer = torch.randn_like(inputs["x_t"]), torch.optim.Adam(policy.parameters(), lr=3e-3)
     losses = []
     for _ in range(150):
-        loss = policy.flow_loss(encode(policy, inputs).repeat(8), *(
-            x.repeat_interleave(8, dim=0) for x in (inputs["state"], actions)
-        )).mean()  # fmt: skip
+        loss = policy.flow_loss(encode(policy, inputs), inputs["state"], actions[:, None].expand(-1, 8, -1, -1)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
