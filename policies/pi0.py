@@ -231,6 +231,11 @@ class Pi0(nn.Module):
         image); tokens: (B, L) int64; token_mask: (B, L) bool. Without cameras in the configuration images and
         image_mask are ignored and may be None. Raises ValueError on another number of cameras or another image size.
         """
+        if not self.config.num_cameras:  # text alone: encode each instruction once, however many observations share it
+            texts, which = torch.cat((tokens, token_mask.long()), dim=1).unique(dim=0, return_inverse=True)
+            if len(texts) < len(tokens):
+                tokens, mask = texts.chunk(2, dim=1)
+                return self.encode_prefix(None, None, tokens, mask)[which]
         x = self.language_model.embed_tokens(tokens) * math.sqrt(self.config.vlm_width)  # (B, L, W)
         mask = token_mask.bool()
         if self.config.num_cameras:

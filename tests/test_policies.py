@@ -230,6 +230,18 @@ def test_state_token_does_not_see_actions_but_actions_see_everything():
     assert torch.allclose(seen[0], seen[1], atol=1e-6)
 
 
+def test_observations_that_share_an_instruction_share_its_encoding():
+    policy = Pi0(Pi0Config(**{**SMALL, "num_cameras": 0}))
+    tokens = torch.randint(1, policy.config.vocab_size, (2, policy.config.max_token_len))[torch.tensor([1, 0, 1, 1])]
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[1:3, -2:] = False  # the same tokens, differently padded, are another text
+    together = policy.encode_prefix(None, None, tokens, mask)
+    for i in range(len(tokens)):
+        alone = policy.encode_prefix(None, None, tokens[i : i + 1], mask[i : i + 1])
+        assert torch.allclose(together.keys[:, i], alone.keys[:, 0], atol=1e-6)
+        assert torch.allclose(together.values[:, i], alone.values[:, 0], atol=1e-6) and torch.equal(together.mask[i], mask[i])
+
+
 def test_points_of_the_flow_that_share_a_prefix_are_as_if_alone():
     policy = make_policy()
     inputs = make_inputs(policy)
