@@ -7,12 +7,14 @@ from typing import Any
 
 from envs.spec import EnvError, EnvSpec
 
-__all__ = ["EVAL_SEED", "TRAIN_SEEDS", "EnvError", "EnvSpec", "make"]
+__all__ = ["EVAL_SEED", "TRAIN_SEEDS", "TUNING_SEED", "EnvError", "EnvSpec", "make"]
 
 TRAIN_SEEDS = 500_000_000
-"""Training episodes use seeds below this, demonstrations those from here to EVAL_SEED."""
-EVAL_SEED = 1_000_000_000
-"""Evaluation episodes use seeds from here on: training, demonstrations and evaluation never share an initial state."""
+"""Training episodes use seeds below this, demonstrations those from here to TUNING_SEED."""
+TUNING_SEED = 1_000_000_000
+"""Evaluations by which settings are chosen use seeds from here on (`--eval-seed`), so that results are not picked by chance."""
+EVAL_SEED = 1_100_000_000
+"""Reported evaluations use seeds from here on: no initial state is shared with training, demonstrations or tuning."""
 
 
 def make(
