@@ -95,7 +95,7 @@ class Args:
     """leave padded action dimensions and positions that are never executed out of the loss (authors' code: False)"""
     ema_start: float = 0.1
     """α of θ_old ← α·θ_old + (1 − α)·θ at the first iteration (authors: 0.1)"""
-    ema_end: float = 0.9
+    ema_end: float = 0.5
     """α at the end of its schedule (authors: 0.995)"""
     ema_horizon: int = 60
     """iterations of α's cosine schedule (authors' files: 1000, for runs of 400)"""
