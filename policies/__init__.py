@@ -1,4 +1,4 @@
-"""Thin π0 policies: the model, its processor, and checkpoints.
+"""Thin π0 and π0.5 policies: the model, its processor, and checkpoints.
 
 policy = policies.load("pi0-tiny-pickcube-rgb")
 prefix = policy.encode_prefix(images, image_mask, tokens, token_mask)
@@ -16,9 +16,10 @@ from policies.checkpoint import (
     save_training,
 )
 from policies.pi0 import Pi0, Pi0Config, Prefix
+from policies.pi05 import Pi05, Pi05Config
 from policies.processor import NormStats, Processor, Tokenizer
 
 __all__ = [
-    "CheckpointError", "NormStats", "Pi0", "Pi0Config", "Prefix", "Processor", "Tokenizer", "bundled", "load", "load_training",
-    "load_weights", "read_json", "save", "save_training",
+    "CheckpointError", "NormStats", "Pi0", "Pi05", "Pi05Config", "Pi0Config", "Prefix", "Processor", "Tokenizer", "bundled", "load",
+    "load_training", "load_weights", "read_json", "save", "save_training",
 ]  # fmt: skip
