@@ -422,14 +422,14 @@ class Pi0(nn.Module):
         state, action and time projections. Use this rather than `.to(dtype)`, which would convert them too.
         """
         self.float()
+        kept = (RMSNorm, AdaRMSNorm, SiglipVisionEmbeddings)
+        islands = {id(p) for module in self.modules() if isinstance(module, kept) for p in module.parameters()}
         for module in [*self.vlm_modules(), self.expert]:
-            module.to(dtype)
-        for module in self.modules():
-            if isinstance(module, RMSNorm):
-                module.float()
+            for parameter in module.parameters():
+                if id(parameter) not in islands:  # never through dtype and back: that would round an island's values
+                    parameter.data = parameter.data.to(dtype)
         if self.config.num_cameras:
-            embeddings = self.vision_embeddings().float()
-            embeddings.output_dtype = dtype
+            self.vision_embeddings().output_dtype = dtype
         return self
 
 
