@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from policies.pi0 import Pi0, Pi0Config
+from policies.pi05 import Pi05, Pi05Config
 from policies.processor import NormStats, Processor, Tokenizer
 
 FORMAT_VERSION = 1
+TYPES = {"pi0": (Pi0, Pi0Config), "pi05": (Pi05, Pi05Config)}
 BUNDLED = Path(__file__).parent / "checkpoints"
 # A tokenizer up to this size is copied into the checkpoint; a larger one (PaliGemma's has 4 MB) is referenced by its
 # path.
@@ -89,7 +91,7 @@ def save(policy: Pi0, folder: str | Path, dtype: str | None = None) -> None:
     copy_tokenizer = len(processor.tokenizer.serialized) <= TOKENIZER_COPY_LIMIT
     config = {
         "format_version": FORMAT_VERSION,
-        "type": "pi0",
+        "type": policy.config.type,
         "model": policy.config.to_dict(),
         "processor": {
             "tokenizer": "tokenizer.model" if copy_tokenizer else str(processor.tokenizer.path.resolve()),
@@ -143,7 +145,8 @@ def load(
     folder = find(path_or_name)
     config = read_config(folder)
     try:
-        policy = Pi0(Pi0Config.from_dict(config["model"]))
+        model, sizes = TYPES[config["type"]]
+        policy = model(sizes.from_dict(config["model"]))
         stated = config["processor"]
         policy.processor = Processor(
             policy.config,
@@ -190,10 +193,10 @@ def read_config(folder: Path) -> dict:
         raise CheckpointError(
             f"{folder}/config.json holds a {type(config).__name__}; expected an object written by policies.save"
         )
-    if config.get("format_version") != FORMAT_VERSION or config.get("type") != "pi0":
+    if config.get("format_version") != FORMAT_VERSION or config.get("type") not in TYPES:
         raise CheckpointError(
             f"{folder}/config.json has format_version {config.get('format_version')!r} and "
-            f"type {config.get('type')!r}; expected {FORMAT_VERSION} and 'pi0'"
+            f"type {config.get('type')!r}; expected {FORMAT_VERSION} and one of {', '.join(TYPES)}"
         )
     return config
 
