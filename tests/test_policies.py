@@ -416,7 +416,7 @@ def test_constant_dimensions_do_not_blow_up():
     data = np.stack((np.full(100, 0.5), np.linspace(-1, 1, 100)), axis=1)
     stats = NormStats.from_data(data, min_std=0.1)
     assert np.allclose(stats.std, [0.1, data[:, 1].std()]) and np.allclose(stats.mean, [0.5, 0], atol=1e-6)
-    assert np.allclose((stats.q01, stats.q99), np.quantile(data, (0.01, 0.99), axis=0))
+    assert np.allclose((stats.q01, stats.q99), [[0.4, -0.98], [0.6, 0.98]])  # as far apart as two deviations at least
     with pytest.raises(ValueError, match="at least one vector"):
         NormStats.from_data(np.zeros((0, 2)))
     with pytest.raises(ValueError, match="NaN"):
@@ -582,7 +582,7 @@ def test_half_precision_files_are_smaller_and_close(saved):
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (lambda f: (f / "config.json").unlink(), "holds no config.json"),
+        (lambda f: (f / "config.json").unlink(), "no config.json of policies.save"),
         (lambda f: (f / "model.safetensors").unlink(), "holds no model.safetensors"),
         (lambda f: (f / "tokenizer.model").unlink(), "tokenizer .*tokenizer.model"),
         (lambda f: (f / "config.json").write_text('{"format_version": 1,'), "not readable JSON"),
@@ -623,7 +623,7 @@ def test_every_wrong_tensor_is_named(saved):
     assert "2 missing: action_in_proj.bias, state_proj.bias" in message and "1 unexpected: surprise" in message
     assert "1 mis-shaped: action_out_proj.bias (9,) instead of (4,)" in message
     edit_weights(saved[1], lambda tensors: [tensors.pop(n) for n in list(tensors) if "gemma_expert" in n])
-    with pytest.raises(CheckpointError, match=r"30 missing: .* and 20 more"):
+    with pytest.raises(CheckpointError, match=r"30 missing: .*gemma_expert.model.layers.\{0,1,2\}.mlp.up_proj.weight"):
         policies.load(saved[1])
 
 
