@@ -72,7 +72,8 @@ class NormStats:
     def affine(cls, center: np.ndarray, scale: np.ndarray) -> "NormStats":
         """Statistics that map center ± scale, each (D,), to ±1, read as mean and deviation or as quantiles."""
         center, scale = np.asarray(center, dtype=np.float64), np.asarray(scale, dtype=np.float64)
-        return cls(center, scale, center - scale, center + scale)
+        with np.errstate(invalid="ignore"):  # what is not finite is refused below
+            return cls(center, scale, center - scale, center + scale)
 
     def to_dict(self) -> dict:
         """Lists for JSON, in openpi's layout."""

@@ -197,6 +197,12 @@ def test_canonical_names_are_their_own_canonical_names():
             assert canonical_name(name) == (None if name == f"{EXPERT}lm_head.weight" else name)
 
 
+def test_cameras_that_are_never_there_can_be_left_out(tmp_path):
+    policy = make_policy()
+    fewer = policies.load(write_openpi(tmp_path / "p", policy), num_cameras=2, **UNSEEN, **REST)
+    assert fewer.config.prefix_len == policy.config.prefix_len - 4 and np.allclose(act(fewer), act(policy), atol=1e-5)
+
+
 # -------------------------------------------------------------------- statistics
 
 
