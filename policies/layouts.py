@@ -2,7 +2,7 @@
 
 `describe` recognises the layout of a folder and returns everything but the weights: sizes, normalisation statistics,
 prompt, cameras. Sizes come from tensor shapes; what shapes cannot tell (horizon, cameras, prompt) from the configuration
-beside them, and else from the published defaults. `find` turns a path, a bundled name or a hub id into a folder.
+beside them, and else from the published defaults.
 """
 
 import math
@@ -16,11 +16,29 @@ from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, Repo
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from policies.pi0 import Pi0Config
 from policies.processor import NormStats
 from policies.weights import EMBEDDING, EXPERT, PALIGEMMA, STATISTICS, CheckpointError, Weights, listing, read_json
 
 HUB_FILES = ["*.json", "model*.safetensors", "policy_p*.safetensors", "tokenizer.model"]
 HUB_IGNORED = ["*/*.safetensors"]
+VISION, LANGUAGE = f"{PALIGEMMA}model.vision_tower.vision_model.", f"{PALIGEMMA}model.language_model."
+# Configuration field -> the tensor and the axis that tell it; attention widths still have to be divided by the head's.
+SIZES = {
+    "vision_width": (f"{VISION}embeddings.patch_embedding.weight", 0),
+    "patch_size": (f"{VISION}embeddings.patch_embedding.weight", 2),
+    "vision_patches": (f"{VISION}embeddings.position_embedding.weight", 0),
+    "vision_mlp": (f"{VISION}encoder.layers.0.mlp.fc1.weight", 0),
+    "vocab_size": (EMBEDDING, 0),
+    "vlm_width": (EMBEDDING, 1),
+    "vlm_mlp": (f"{LANGUAGE}layers.0.mlp.gate_proj.weight", 0),
+    "heads": (f"{LANGUAGE}layers.0.self_attn.q_proj.weight", 0),
+    "kv_heads": (f"{LANGUAGE}layers.0.self_attn.k_proj.weight", 0),
+    "expert_width": ("action_in_proj.weight", 0),
+    "expert_mlp": (f"{EXPERT}model.layers.0.mlp.gate_proj.weight", 0),
+    "action_dim": ("action_in_proj.weight", 1),
+    "state_dim": ("state_proj.weight", 1),
+}
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 RELATIVE_STEPS = ("relative_actions_processor", "delta_actions_processor")
 # lerobot's names of configuration fields, older ones included, and ours.
@@ -105,34 +123,20 @@ def policy_type(weights: Weights) -> str:
 
 
 def sizes(weights: Weights, head_dim: int) -> dict:
-    """Configuration fields that follow from the shapes of the weights; absent tensors are left for loading to name."""
+    """Configuration fields that follow from the shapes of the weights; what is absent is left for loading to name."""
     shapes = weights.shapes
-    fields: dict[str, int] = {}
-
-    def read(field: str, name: str, axis: int, divisor: int = 1) -> None:
-        if name in shapes and axis < len(shapes[name]):
-            fields[field] = shapes[name][axis] // divisor
-
-    vision, language = f"{PALIGEMMA}model.vision_tower.vision_model.", f"{PALIGEMMA}model.language_model."
-    read("vision_width", f"{vision}embeddings.patch_embedding.weight", 0)
-    read("patch_size", f"{vision}embeddings.patch_embedding.weight", 2)
-    read("vision_mlp", f"{vision}encoder.layers.0.mlp.fc1.weight", 0)
-    read("image_size", f"{vision}embeddings.position_embedding.weight", 0)  # the number of patches, for now
-    if "image_size" in fields:
-        fields["image_size"] = math.isqrt(fields["image_size"]) * fields.get("patch_size", 14)
-    read("vocab_size", EMBEDDING, 0)
-    read("vlm_width", EMBEDDING, 1)
-    read("vlm_mlp", f"{language}layers.0.mlp.gate_proj.weight", 0)
-    read("heads", f"{language}layers.0.self_attn.q_proj.weight", 0, head_dim)
-    read("kv_heads", f"{language}layers.0.self_attn.k_proj.weight", 0, head_dim)
-    read("expert_width", "action_in_proj.weight", 0)
-    read("expert_mlp", f"{EXPERT}model.layers.0.mlp.gate_proj.weight", 0)
-    read("action_dim", "action_in_proj.weight", 1)
-    read("state_dim", "state_proj.weight" if "state_proj.weight" in shapes else "action_in_proj.weight", 1)
-    for field_name, stack in (("vision_depth", f"{vision}encoder.layers."), ("vlm_depth", f"{language}layers.")):
-        if depths := {int(name.removeprefix(stack).split(".")[0]) for name in shapes if name.startswith(stack)}:
-            fields[field_name] = 1 + max(depths)
-    return fields
+    found = {field: shapes[name][axis] for field, (name, axis) in SIZES.items() if len(shapes.get(name, ())) > axis}
+    for field_name, stack in (("vision_depth", f"{VISION}encoder.layers."), ("vlm_depth", f"{LANGUAGE}layers.")):
+        layers = {name.removeprefix(stack).partition(".")[0] for name in shapes if name.startswith(stack)}
+        found[field_name] = max(1, len(layers))
+    if "vision_patches" in found:
+        found["image_size"] = math.isqrt(found.pop("vision_patches")) * found.get("patch_size", Pi0Config.patch_size)
+    for field_name in ("heads", "kv_heads"):
+        if field_name in found:
+            found[field_name] //= head_dim
+    if "action_dim" in found:
+        found.setdefault("state_dim", found["action_dim"])  # π0.5 has no projection of the state
+    return found
 
 
 def describe(
