@@ -58,12 +58,13 @@ def write(kind: str, folder: Path) -> None:
     shapes[f"{EXPERT}lm_head.weight"] = (c.vocab_size, c.expert_width)
     torch.manual_seed(0)
     # Fan-in scaled, so that actions stay finite; one block of random numbers repeated, because drawing 3 B takes minutes.
-    block = torch.randn(1 << 24)
+    block = torch.randn(1 << 20).to(torch.bfloat16)
     tensors = {}
     for name, shape in shapes.items():
-        size = int(np.prod(shape))
-        values = block.mul(0.5 * shape[-1] ** -0.5).to(torch.bfloat16)
-        tensors[name] = values.repeat(-(-size // len(values)))[:size].view(*shape).contiguous()
+        tensors[name] = torch.empty(shape, dtype=torch.bfloat16)
+        scaled = block * 0.5 * shape[-1] ** -0.5
+        for part in tensors[name].view(-1).split(len(block)):
+            part.copy_(scaled[: len(part)])
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     stats = {name: dict(mean=[0.0] * n, std=[1.0] * n, q01=[-1.0] * n, q99=[1.0] * n) for name, n in (("state", 8), ("actions", 7))}
     (folder / "assets" / "benchmark").mkdir(parents=True)
@@ -83,7 +84,7 @@ def measure(folder: Path, args: Args) -> dict:
     """Load a checkpoint and act on one observation; seconds, processor seconds and peak memory of both."""
     result = {"file_bytes": (folder / "model.safetensors").stat().st_size, "import_peak_bytes": peak_memory()}
     began, cpu = time.perf_counter(), time.process_time()
-    policy = policies.load(folder, dtype=torch.bfloat16, tokenizer=TINY_TOKENIZER)
+    policy = policies.load(folder, dtype=torch.bfloat16, tokenizer=TINY_TOKENIZER, num_cameras=args.cameras)
     result |= {"load_s": time.perf_counter() - began, "load_cpu_s": time.process_time() - cpu, "load_peak_bytes": peak_memory()}
     result["parameters"] = sum(parameter.numel() for parameter in policy.parameters())
     result["peak_per_file"] = result["load_peak_bytes"] / result["file_bytes"]

@@ -223,8 +223,16 @@ def read_norm_stats(file: str | Path, kind: str) -> tuple[NormStats, NormStats]:
         entry = content.get(name)
         if not isinstance(entry, dict):
             raise CheckpointError(f"{file} has no statistics of {name!r}; expected {{'norm_stats': {{'state': …, 'actions': …}}}}")
-        found.append(norm_stats(entry, kind, f"{file}: {name}"))
+        found.append(without_padding(norm_stats(entry, kind, f"{file}: {name}")))
     return found[0], found[1]
+
+
+def without_padding(stats: NormStats) -> NormStats:
+    """Statistics up to the last dimension that is not constantly zero."""
+    values = stats.to_dict()
+    used = np.abs(np.stack(list(values.values()))).max(axis=0) > PADDING_TOLERANCE  # (D,)
+    size = 1 + int(used.nonzero()[0].max()) if used.any() else len(used)
+    return NormStats(**{name: value[:size] for name, value in values.items()})
 
 
 def norm_stats(entry: dict, kind: str, where: str) -> NormStats:
@@ -241,9 +249,7 @@ def norm_stats(entry: dict, kind: str, where: str) -> NormStats:
         first, second = (given[name] for name in needed)
         center, scale = (first, second) if kind == "pi0" else ((first + second) / 2, (second - first) / 2)
         values = {**NormStats.affine(center, scale).to_dict(), **given}
-        used = np.abs(np.stack(list(given.values()))).max(axis=0) > PADDING_TOLERANCE  # (D,)
-        size = 1 + int(used.nonzero()[0].max()) if used.any() else len(used)
-        return NormStats(**{name: value[:size] for name, value in values.items()})
+        return NormStats(**values)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{where}: {error}; pass norm_stats=") from None
 
@@ -266,7 +272,7 @@ def lerobot(folder: Path, weights: Weights, config: dict, kind: str, needs_stati
     steps = [step for name in ("pre", "post") for step in processor_steps(folder / f"policy_{name}processor.json")]
     relative = next((step for step in steps if step_name(step) in RELATIVE_STEPS), None)
     if relative is not None and relative.get("config", {}).get("enabled"):
-        found.processor["relative"] = relative_dims(relative["config"], widths.get("action", 0))
+        found.processor["relative"] = relative_dims(relative["config"], widths["action"])
     # Prompts lost their padding in the release, 0.5, whose pipelines first had a step for relative actions.
     found.processor["pad_state_bins"] = kind == "pi05" and relative is None
     if needs_statistics:

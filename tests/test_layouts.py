@@ -262,6 +262,13 @@ def test_lerobot_folders_bring_sizes_cameras_and_statistics(kind, steps, tmp_pat
     assert np.array_equal(act(loaded), act(policy))
 
 
+def test_a_dimension_lerobot_never_saw_move_is_no_padding(tmp_path):
+    policy = make_policy()
+    still = {"mean": [1.0, 2.0, 0.0], "std": [1.0, 1.0, 0.0]}
+    stats = {"observation.state": still, "action": policy.processor.action_stats.to_dict()}
+    assert len(policies.load(write_lerobot(tmp_path / "p", policy, stats=stats), **UNSEEN).processor.state_stats) == 3
+
+
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("mode", ["MEAN_STD", "QUANTILES", "MIN_MAX", "IDENTITY"])
 def test_lerobot_modes_scale_as_they_say(kind, mode, tmp_path):
