@@ -421,13 +421,12 @@ class Pi0(nn.Module):
         As in the published code, that is the Gemma norms, the SigLIP patch and position embeddings, and the expert's
         state, action and time projections. Use this rather than `.to(dtype)`, which would convert them too.
         """
-        self.float()
-        kept = (RMSNorm, AdaRMSNorm, SiglipVisionEmbeddings)
-        islands = {id(p) for module in self.modules() if isinstance(module, kept) for p in module.parameters()}
-        for module in [*self.vlm_modules(), self.expert]:
-            for parameter in module.parameters():
-                if id(parameter) not in islands:  # never through dtype and back: that would round an island's values
-                    parameter.data = parameter.data.to(dtype)
+        low = {id(p) for module in [*self.vlm_modules(), self.expert] for p in module.parameters()}
+        for module in self.modules():
+            if isinstance(module, RMSNorm | AdaRMSNorm | SiglipVisionEmbeddings):
+                low -= {id(p) for p in module.parameters()}
+        for parameter in self.parameters():  # one by one: no island is rounded on the way, no second copy of all is made
+            parameter.data = parameter.data.to(dtype if id(parameter) in low else torch.float32)
         if self.config.num_cameras:
             self.vision_embeddings().output_dtype = dtype
         return self
