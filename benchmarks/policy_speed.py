@@ -8,8 +8,8 @@
   observation does not change over the epochs of an RL update, so ours is cached, as in our algorithms; lerobot's network
   encodes it each time. The same step without our cache is listed too.
 
-Observations are as in LIBERO: two of three cameras are present and the instruction has twelve tokens. Both take turns within one
-run, and the medians of their rounds are compared. The virtual environment is the one of policy_parity.py.
+Observations are as in LIBERO unless told otherwise: two of three cameras are present, the instruction has twelve tokens. Both
+take turns within one run, and the medians of their rounds are compared. The virtual environment is the one of policy_parity.py.
 """
 
 import json
@@ -52,6 +52,10 @@ class Args:
     """of tiny (1.6 M parameters) and middle (about 100 M)"""
     batch: dict[str, int] = field(default_factory=lambda: dict(tiny=16, middle=2))
     """observations per call"""
+    cameras: int = 2
+    """cameras present, of three"""
+    tokens: int = 12
+    """tokens of the instruction; the rest of the prompt is padding"""
     steps: list[int] = field(default_factory=lambda: [4, 10])
     """solver steps"""
     rounds: int = 15
@@ -66,11 +70,11 @@ class Args:
     """results file"""
 
 
-def make_inputs(c: Pi0Config, batch: int) -> dict[str, torch.Tensor]:
+def make_inputs(c: Pi0Config, batch: int, cameras: int, tokens: int) -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(0)
     images = torch.rand(batch, c.num_cameras, 3, c.image_size, c.image_size, generator=g) * 2 - 1
-    image_mask = (torch.arange(c.num_cameras) < 2).expand(batch, -1)
-    token_mask = (torch.arange(c.max_token_len) < 12).expand(batch, -1)
+    image_mask = (torch.arange(c.num_cameras) < cameras).expand(batch, -1)
+    token_mask = (torch.arange(c.max_token_len) < tokens).expand(batch, -1)
     return dict(
         images=images.where(image_mask[..., None, None, None], torch.tensor(-1.0)),
         image_mask=image_mask,
@@ -83,9 +87,8 @@ def make_inputs(c: Pi0Config, batch: int) -> dict[str, torch.Tensor]:
     )
 
 
-def contests(policy: Pi0, batch: int, steps: list[int]) -> dict[str, tuple[Callable, Callable]]:
+def contests(policy: Pi0, inputs: dict[str, torch.Tensor], steps: list[int]) -> dict[str, tuple[Callable, Callable]]:
     """Name -> (ours, lerobot's), functions without arguments."""
-    inputs = make_inputs(policy.config, batch)
     state, noise, actions, t = (inputs[k] for k in ("state", "noise", "actions", "t"))
     theirs, observation = lerobot_network(policy, train_expert_only=True).train(), lerobot_inputs(policy, inputs)
     policy.freeze_vlm().train()
@@ -132,7 +135,8 @@ def main(args: Args) -> None:
             for parameter in policy.expert.parameters():  # gates open
                 parameter.add_(torch.randn_like(parameter) * 0.01)
         parameters = sum(p.numel() for p in policy.parameters())
-        for what, contestants in contests(policy, args.batch[name], args.steps).items():
+        inputs = make_inputs(policy.config, args.batch[name], args.cameras, args.tokens)
+        for what, contestants in contests(policy, inputs, args.steps).items():
             seconds = ([], [])
             for round in range(args.rounds + 1):
                 for times, run in zip(seconds, contestants):
