@@ -1,12 +1,13 @@
 """Checkpoints: a folder with `model.safetensors`, `config.json` and `tokenizer.model`.
 
-Tensors carry the names of openpi's published π0, so one layout serves every size. Nothing is pickled. Loading either
-returns a policy whose every weight came from the file, or raises CheckpointError with one line that names what is
-wrong.
+Tensors carry the names of openpi's published π0 and π0.5, so one layout serves every size. Nothing is pickled. Loading
+takes this format and those of other projects (see policies.layouts), and either returns a policy whose every weight came
+from the files, or raises CheckpointError with one line that names what is wrong.
 """
 
 import json
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,38 +16,28 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from policies import layouts
 from policies.pi0 import Pi0, Pi0Config
+from policies.pi05 import Pi05, Pi05Config
 from policies.processor import NormStats, Processor, Tokenizer
+from policies.weights import (
+    CheckpointError,
+    Weights,
+    is_finite,
+    listing,
+    load_weights,
+    published_name,
+    read_json,
+    weight_files,
+)
 
 FORMAT_VERSION = 1
+TYPES = {"pi0": (Pi0, Pi0Config), "pi05": (Pi05, Pi05Config)}
 BUNDLED = Path(__file__).parent / "checkpoints"
 # A tokenizer up to this size is copied into the checkpoint; a larger one (PaliGemma's has 4 MB) is referenced by its
 # path.
 TOKENIZER_COPY_LIMIT = 1 << 20
 SAVE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-# Module path in Pi0 -> published name; the first match counts. The vision tower's own level names differ between
-# transformers releases, so `vision_model.` is dropped where present before the published prefix is set.
-PUBLISHED_NAMES = (
-    ("vision_tower.vision_model.", "paligemma_with_expert.paligemma.model.vision_tower.vision_model."),
-    ("vision_tower.", "paligemma_with_expert.paligemma.model.vision_tower.vision_model."),
-    ("multi_modal_projector.", "paligemma_with_expert.paligemma.model.multi_modal_projector."),
-    ("language_model.embed_tokens.", "paligemma_with_expert.paligemma.lm_head."),
-    ("language_model.", "paligemma_with_expert.paligemma.model.language_model."),
-    ("expert.", "paligemma_with_expert.gemma_expert.model."),
-)
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be loaded or saved; the message says what was given, expected, and what to do."""
-
-
-def published_name(name: str) -> str:
-    """Published tensor name of one of Pi0's parameters."""
-    for own, published in PUBLISHED_NAMES:
-        if name.startswith(own):
-            return published + name.removeprefix(own)
-    return name
 
 
 def bundled() -> list[str]:
@@ -71,30 +62,19 @@ def save(policy: Pi0, folder: str | Path, dtype: str | None = None) -> None:
         raise CheckpointError(
             "the policy has no processor; set policy.processor before saving, or the actions cannot be used"
         )
-    if dtype is not None and dtype not in SAVE_DTYPES:
-        raise CheckpointError(
-            f"dtype is {dtype!r}; expected one of {', '.join(SAVE_DTYPES)}, or None to keep the weights' own"
-        )
-    tensors = {}
-    for name, tensor in policy.state_dict().items():
-        tensor = tensor.detach().cpu()
-        tensor = tensor.to(SAVE_DTYPES[dtype]) if dtype else tensor
-        tensors[published_name(name)] = tensor.contiguous()
-    if broken := not_finite(tensors):
-        raise CheckpointError(
-            f"not saved to {folder}: NaN or infinite values in {listing(broken)}; the training diverged"
-        )
-
+    tensors = published_tensors(policy, dtype, folder)
     processor = policy.processor
-    copy_tokenizer = len(processor.tokenizer.serialized) <= TOKENIZER_COPY_LIMIT
+    tokenizer = processor.tokenizer
+    copied = f"tokenizer{tokenizer.path.suffix}" if len(tokenizer.serialized) <= TOKENIZER_COPY_LIMIT else None
     config = {
         "format_version": FORMAT_VERSION,
-        "type": "pi0",
+        "type": policy.config.type,
         "model": policy.config.to_dict(),
         "processor": {
-            "tokenizer": "tokenizer.model" if copy_tokenizer else str(processor.tokenizer.path.resolve()),
+            "tokenizer": copied or str(tokenizer.path.resolve()),
             "state": processor.state_stats.to_dict(),
             "actions": processor.action_stats.to_dict(),
+            **processor.options(),
         },
         "meta": policy.meta,
     }
@@ -106,18 +86,49 @@ def save(policy: Pi0, folder: str | Path, dtype: str | None = None) -> None:
         ) from None
 
     writers = {"config.json": lambda path: path.write_text(text)}
-    if copy_tokenizer:
-        writers["tokenizer.model"] = lambda path: path.write_bytes(processor.tokenizer.serialized)
+    if copied:
+        writers[copied] = lambda path: path.write_bytes(tokenizer.serialized)
     writers["model.safetensors"] = lambda path: save_file(tensors, path)
-    temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in writers}
+    write_files(folder, writers)
+
+
+def published_tensors(policy: Pi0, dtype: str | None, folder: Path) -> dict[str, Tensor]:
+    """The policy's weights under their published names, on the CPU, in `dtype` or as they are held.
+
+    Raises CheckpointError on an unknown dtype, or if a weight is NaN or infinite (or becomes so in `dtype`).
+    """
+    if dtype is not None and dtype not in SAVE_DTYPES:
+        raise CheckpointError(
+            f"dtype is {dtype!r}; expected one of {', '.join(SAVE_DTYPES)}, or None to keep the weights' own"
+        )
+    tensors = {}
+    for name, tensor in policy.state_dict().items():
+        tensor = tensor.detach().cpu()
+        tensor = tensor.to(SAVE_DTYPES[dtype]) if dtype else tensor
+        tensors[published_name(name)] = tensor.contiguous()
+    if broken := sorted(name for name, tensor in tensors.items() if not is_finite(tensor)):
+        raise CheckpointError(
+            f"not saved to {folder}: NaN or infinite values in {listing(broken)}; the training diverged"
+        )
+    return tensors
+
+
+def write_files(folder: Path, writers: dict[str, Callable[[Path], object]]) -> None:
+    """Write files, each by a function of its path, so that all of them or none replace older ones.
+
+    All are written and flushed beside their targets first and then renamed, in the order given. Raises CheckpointError if
+    the folder cannot be written.
+    """
+    targets = {name: folder / name for name in writers}
+    temporary = {name: path.with_name(f".{path.name}.{os.getpid()}.tmp") for name, path in targets.items()}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         for name, write in writers.items():
+            targets[name].parent.mkdir(parents=True, exist_ok=True)
             write(temporary[name])
             with open(temporary[name], "rb") as file:
                 os.fsync(file.fileno())
-        for name in writers:
-            os.replace(temporary[name], folder / name)
+        for name, path in targets.items():
+            os.replace(temporary[name], path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"not saved to {folder}: {error}; an older checkpoint there is unchanged") from None
     finally:
@@ -133,24 +144,98 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     tokenizer: str | Path | None = None,
+    *,
+    expect: str | None = None,
+    asset_id: str | None = None,
+    norm_stats: str | Path | None = None,
+    relative: Sequence[int] | None = None,
+    **options,
 ) -> Pi0:
     """Read a policy in eval mode, with `policy.processor` and `policy.meta`.
 
-    path_or_name: a checkpoint folder, or the name of one that ships with the project; dtype: precision of the
-    transformers (see Pi0.cast); tokenizer: a sentencepiece file to use instead of the one the checkpoint names.
+    path_or_name: a folder written by `save` or `export`, by openpi (PyTorch), lerobot (π0, π0.5) or an RL run in openpi's
+    layout; a hub id (org/name); or the name of a checkpoint that ships with the project. The layout is recognised.
+    dtype: precision of the transformers (see Pi0.cast); tensors are cast one by one on the way.
+    tokenizer: a sentencepiece file, a tokenizer.json, or a folder or hub id with one; needed where the checkpoint has none.
+    expect: "pi0" or "pi05" refuses the other.
+    asset_id: which statistics of several, as in `assets/<asset_id>/norm_stats.json`.
+    norm_stats: another norm_stats.json to use instead, or "identity" for none: what a base checkpoint needs before its
+    fine-tuning brings statistics of its own.
+    relative: action dimensions that are offsets from the state (see Processor), where the checkpoint cannot tell.
+    options: fields of the policy's configuration that override the checkpoint's, such as horizon, num_cameras,
+    discrete_state.
     Raises CheckpointError if anything is missing, unreadable, unexpected, mis-shaped or not finite.
     """
     folder = find(path_or_name)
-    config = read_config(folder)
+    weights = Weights(weight_files(folder))
+    file = folder / "config.json"
+    if file.is_file() and "format_version" in read_json(file):
+        described = read_config(folder)
+    else:
+        head_dim = options.get("head_dim", Pi0Config.head_dim)
+        described = layouts.describe(folder, weights, asset_id, head_dim, needs_statistics=norm_stats is None)
+    kind = described.type
+    if expect not in (None, kind):
+        raise CheckpointError(f"{folder} holds a {kind} policy; expected {expect}: use what is made for {kind}, or other weights")
+    if relative is not None:
+        described.processor["relative"] = relative
+    found = layouts.find_tokenizer(Path(tokenizer)) if tokenizer else described.tokenizer
+    if found is None:
+        raise CheckpointError(
+            f"{folder} holds no tokenizer; pass tokenizer=, a path to PaliGemma's tokenizer.model or tokenizer.json"
+        )
     try:
-        policy = Pi0(Pi0Config.from_dict(config["model"]))
-        stated = config["processor"]
-        policy.processor = Processor(
-            policy.config,
-            Tokenizer(tokenizer or folder / stated["tokenizer"]),
-            NormStats(**stated["state"]),
-            NormStats(**stated["actions"]),
-            device,
+        model, config_class = TYPES[kind]
+        config = config_class.from_dict({**described.config, **options})
+        if norm_stats == "identity":
+            described.state, described.actions = NormStats.identity(config.state_dim), NormStats.identity(config.action_dim)
+        elif norm_stats is not None:
+            described.state, described.actions = layouts.read_norm_stats(norm_stats, kind)
+        processor = Processor(
+            config, Tokenizer(found), described.state, described.actions, device, **described.processor
+        )
+    except CheckpointError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+    with torch.device("meta"):
+        policy = model(config).cast(dtype)
+    policy.processor, policy.meta = processor, described.meta
+    load_weights(policy, weights, device)
+    if config.num_cameras:  # the one buffer that no checkpoint holds
+        embeddings = policy.vision_embeddings()
+        embeddings.position_ids = torch.arange(embeddings.position_ids.shape[-1])[None]
+    return policy.to(device).eval()
+
+
+def find(path_or_name: str | Path) -> Path:
+    """Checkpoint folder of a path, of a bundled name, or of a hub id, which is downloaded unless cached."""
+    for folder in (Path(path_or_name), BUNDLED / path_or_name):
+        if folder.is_dir():
+            return folder
+    if not Path(path_or_name).exists() and layouts.is_hub_id(str(path_or_name)):
+        return layouts.fetch(str(path_or_name))
+    kind = "is a file" if Path(path_or_name).exists() else "is neither a folder nor a bundled name"
+    raise CheckpointError(
+        f"checkpoint {str(path_or_name)!r} {kind}; "
+        f"give a checkpoint's folder, a hub id org/name, or one of: {', '.join(bundled()) or 'none'}"
+    )
+
+
+def read_config(folder: Path) -> layouts.Description:
+    """config.json of a folder written by `save`. Raises CheckpointError on another version or type, or missing entries."""
+    config = read_json(folder / "config.json")
+    if config.get("format_version") != FORMAT_VERSION or config.get("type") not in TYPES:
+        raise CheckpointError(
+            f"{folder}/config.json has format_version {config.get('format_version')!r} and "
+            f"type {config.get('type')!r}; expected {FORMAT_VERSION} and one of {', '.join(TYPES)}"
+        )
+    try:
+        processor = dict(config["processor"])
+        state, actions = NormStats(**processor.pop("state")), NormStats(**processor.pop("actions"))
+        tokenizer = folder / processor.pop("tokenizer")
+        return layouts.Description(
+            config["type"], config["model"], state, actions, tokenizer, processor, config.get("meta", {})
         )
     except KeyError as error:
         raise CheckpointError(
@@ -158,85 +243,6 @@ def load(
         ) from None
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{folder}/config.json: {error}") from None
-    policy.meta = config.get("meta", {})
-    load_weights(policy, folder / "model.safetensors")
-    return policy.cast(dtype).to(device).eval()
-
-
-def find(path_or_name: str | Path) -> Path:
-    """Checkpoint folder of a path or of a bundled name."""
-    for folder in (Path(path_or_name), BUNDLED / path_or_name):
-        if folder.is_dir():
-            for file in ("config.json", "model.safetensors"):
-                if not (folder / file).is_file():
-                    raise CheckpointError(f"{folder} holds no {file}; expected a folder written by policies.save")
-            return folder
-    kind = "is a file" if Path(path_or_name).exists() else "is neither a folder nor a bundled name"
-    raise CheckpointError(
-        f"checkpoint {str(path_or_name)!r} {kind}; "
-        f"give a folder written by policies.save, or one of: {', '.join(bundled()) or 'none'}"
-    )
-
-
-def read_config(folder: Path) -> dict:
-    """config.json of a checkpoint folder, checked for format version and policy type."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder}/config.json is not readable JSON ({error}); restore it or save the policy again"
-        ) from None
-    if not isinstance(config, dict):
-        raise CheckpointError(
-            f"{folder}/config.json holds a {type(config).__name__}; expected an object written by policies.save"
-        )
-    if config.get("format_version") != FORMAT_VERSION or config.get("type") != "pi0":
-        raise CheckpointError(
-            f"{folder}/config.json has format_version {config.get('format_version')!r} and "
-            f"type {config.get('type')!r}; expected {FORMAT_VERSION} and 'pi0'"
-        )
-    return config
-
-
-def load_weights(policy: Pi0, file: Path) -> None:
-    """Copy every weight of a safetensors file into the policy, or raise CheckpointError that names each difference."""
-    try:
-        tensors = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file} is not a complete safetensors file ({error}); copy or save it again") from None
-    names = {own: published_name(own) for own in policy.state_dict()}
-    expected = {names[own]: tuple(tensor.shape) for own, tensor in policy.state_dict().items()}
-    problems = []
-    if missing := sorted(expected.keys() - tensors.keys()):
-        problems.append(f"{len(missing)} missing: {listing(missing)}")
-    if unexpected := sorted(tensors.keys() - expected.keys()):
-        problems.append(f"{len(unexpected)} unexpected: {listing(unexpected)}")
-    shapes = {name: tuple(tensors[name].shape) for name in expected.keys() & tensors.keys()}
-    if wrong := sorted(name for name, shape in shapes.items() if shape != expected[name]):
-        described = [f"{name} {shapes[name]} instead of {expected[name]}" for name in wrong]
-        problems.append(f"{len(wrong)} mis-shaped: {listing(described)}")
-    if problems:
-        raise CheckpointError(
-            f"{file} does not fit config.json: {'; '.join(problems)}; use the config.json saved with it"
-        )
-    if broken := not_finite(tensors):
-        raise CheckpointError(
-            f"{file} has NaN or infinite values in {listing(broken)}; the training diverged, use an earlier one"
-        )
-    policy.load_state_dict({own: tensors[published] for own, published in names.items()})
-
-
-def not_finite(tensors: dict[str, Tensor]) -> list[str]:
-    """Names of the tensors that hold a NaN or an infinity."""
-    return sorted(
-        name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()
-    )
-
-
-def listing(names: list[str], limit: int = 10) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
 
 
 # -------------------------------------------------------------------- progress of a training run
@@ -282,11 +288,3 @@ def load_training(folder: str | Path, optimizer: torch.optim.Optimizer, rng: np.
         return stored["progress"]
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise CheckpointError(f"{folder} holds no training state to go on with: {error}") from None
-
-
-def read_json(path: str | Path) -> dict:
-    """A JSON object. Raises CheckpointError if the file is missing or broken."""
-    try:
-        return json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None

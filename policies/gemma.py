@@ -1,9 +1,9 @@
-"""Gemma transformer blocks shared by the language model and by the action expert of π0.
+"""Gemma transformer blocks shared by the language model and by the action experts of π0 and π0.5.
 
 Parameter names and numerics follow the published Gemma checkpoints: RMSNorm scales by (1 + weight) and computes in
 float32, the MLP is gelu_tanh(gate) * up, rotary positions are half-split with theta 1e4, linear layers have no bias. A
 block takes the keys and values of tokens that came before (`past`), so one block serves a prefix and a suffix that
-attends to it.
+attends to it. π0.5's expert uses the adaptive block, whose norms are scaled, shifted and gated by a condition.
 """
 
 import torch
@@ -21,6 +21,30 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (..., width) -> (..., width)
         return F.rms_norm(x.float(), (x.shape[-1],), 1.0 + self.weight.float(), self.eps).to(x.dtype)
+
+
+class AdaRMSNorm(nn.Module):
+    """Root-mean-square norm whose scale, shift and residual gate are linear in a condition (adaRMS, zero-initialised).
+
+    Zeros leave the norm plain and the gate closed, so an untrained block passes its input on.
+    """
+
+    def __init__(self, width: int, cond_width: int, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+        self.dense = nn.Linear(cond_width, 3 * width)
+        nn.init.zeros_(self.dense.weight)
+        nn.init.zeros_(self.dense.bias)
+
+    def forward(self, x: Tensor, cond: Tensor) -> tuple[Tensor, Tensor]:
+        """x (..., width), cond (..., cond_width) with leading dimensions that broadcast to x's.
+
+        -> norm(x) * (1 + scale) + shift and the gate of the residual branch, computed in float32, in x's dtype; the gate
+        keeps cond's leading dimensions.
+        """
+        scale, shift, gate = self.dense(cond.float()).chunk(3, dim=-1)
+        y = F.rms_norm(x.float(), (x.shape[-1],), None, self.eps)
+        return torch.addcmul(shift, y, 1.0 + scale).to(x.dtype), gate.to(x.dtype)
 
 
 def rotary(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -127,18 +151,47 @@ class Block(nn.Module):
 
         -> the new x (B, T, width) and this layer's own keys and values (B, T, kv_heads * D).
         """
-        h = self.input_layernorm(x)
+        out, own_k, own_v = self.attend(self.input_layernorm(x), rope, mask, past)
+        x = x + out
+        return x + self.mlp(self.post_attention_layernorm(x)), own_k, own_v
+
+    def attend(
+        self, h: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, past: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Attention of normed tokens h (B, T, width) over past + own keys: its output, and the own keys and values."""
         own_k, own_v = k, v = self.self_attn.keys_values(h, rope)
         if past is not None:
             k, v = torch.cat((past[0], k), dim=1), torch.cat((past[1], v), dim=1)
-        x = x + self.self_attn(h, k, v, rope, mask)
-        return x + self.mlp(self.post_attention_layernorm(x)), own_k, own_v
+        return self.self_attn(h, k, v, rope, mask), own_k, own_v
+
+
+class AdaptiveBlock(Block):
+    """A Gemma layer with adaRMS norms and gated residuals, for groups of tokens that have a condition each."""
+
+    def __init__(self, width: int, hidden: int, heads: int, kv_heads: int, head_dim: int, cond_width: int):
+        super().__init__(width, hidden, heads, kv_heads, head_dim)
+        self.input_layernorm = AdaRMSNorm(width, cond_width)
+        self.post_attention_layernorm = AdaRMSNorm(width, cond_width)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, past: tuple[Tensor, Tensor], cond: Tensor
+    ) -> Tensor:
+        """x (B, n, H, width): n groups of H tokens; cond (B, n, 1, cond_width); the rest as in Block, with T = n * H.
+
+        -> the new x (B, n, H, width).
+        """
+        h, gate = self.input_layernorm(x, cond)
+        out, _, _ = self.attend(h.flatten(1, 2), rope, mask, past)
+        x = torch.addcmul(x, gate, out.view_as(x))
+        h, gate = self.post_attention_layernorm(x, cond)
+        return torch.addcmul(x, gate, self.mlp(h))
 
 
 class Gemma(nn.Module):
     """A stack of blocks with its final norm; with a vocabulary also the token embedding.
 
-    The caller drives the layers, because a prefix pass and a suffix pass read them differently.
+    With a condition width the blocks and the final norm are adaptive. The caller drives the layers, because a prefix pass
+    and a suffix pass read them differently.
     """
 
     def __init__(
@@ -150,12 +203,18 @@ class Gemma(nn.Module):
         kv_heads: int,
         head_dim: int,
         vocab_size: int | None = None,
+        cond_width: int | None = None,
     ):
         super().__init__()
         if vocab_size is not None:
             self.embed_tokens = nn.Embedding(vocab_size, width)
-        self.layers = nn.ModuleList(Block(width, hidden, heads, kv_heads, head_dim) for _ in range(depth))
-        self.norm = RMSNorm(width)
+        sizes = (width, hidden, heads, kv_heads, head_dim)
+        if cond_width is None:
+            self.layers = nn.ModuleList(Block(*sizes) for _ in range(depth))
+            self.norm = RMSNorm(width)
+        else:
+            self.layers = nn.ModuleList(AdaptiveBlock(*sizes, cond_width) for _ in range(depth))
+            self.norm = AdaRMSNorm(width, cond_width)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -22,12 +22,17 @@ from torch import Tensor, nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
 
-from policies.gemma import Gemma, RMSNorm, additive_mask, rotary
+from policies.gemma import AdaRMSNorm, Gemma, RMSNorm, additive_mask, rotary
 
 
 @dataclass(frozen=True)
 class Pi0Config:
     """Sizes of a π0 policy; the defaults are the published 3.2 B model. Raises ValueError on impossible values."""
+
+    type = "pi0"
+    """name of the policy in a checkpoint"""
+    normalization = "mean_std"
+    """statistics that scale states and actions (see policies.processor)"""
 
     image_size: int = 224
     """side of the square camera images, pixels"""
@@ -81,7 +86,10 @@ class Pi0Config:
     def __post_init__(self):
         for field in fields(self):
             value, least = getattr(self, field.name), 0 if field.name == "num_cameras" else 1
-            if field.type in (int, "int"):
+            if field.type in (bool, "bool"):
+                if not isinstance(value, bool):
+                    raise ValueError(f"{field.name} is {value!r}; expected true or false")
+            elif field.type in (int, "int"):
                 if isinstance(value, bool) or not isinstance(value, int) or value < least:
                     raise ValueError(f"{field.name} is {value!r}; expected an integer of at least {least}")
             elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
@@ -208,17 +216,23 @@ class Pi0(nn.Module):
             embeddings.output_dtype = torch.float32
             embeddings.register_forward_hook(cast_output)
             self.multi_modal_projector = nn.ModuleDict({"linear": nn.Linear(c.vision_width, c.vlm_width)})
-        heads = (c.heads, c.kv_heads, c.head_dim)
-        self.language_model = Gemma(c.vlm_width, c.vlm_depth, c.vlm_mlp, *heads, vocab_size=c.vocab_size)
-        self.expert = Gemma(c.expert_width, c.vlm_depth, c.expert_mlp, *heads)
-        self.state_proj = nn.Linear(c.state_dim, c.expert_width)
-        self.action_in_proj = nn.Linear(c.action_dim, c.expert_width)
-        self.action_time_mlp_in = nn.Linear(2 * c.expert_width, c.expert_width)
-        self.action_time_mlp_out = nn.Linear(c.expert_width, c.expert_width)
+        self.language_model = Gemma(
+            c.vlm_width, c.vlm_depth, c.vlm_mlp, c.heads, c.kv_heads, c.head_dim, vocab_size=c.vocab_size
+        )
+        self.build_expert()
         self.action_out_proj = nn.Linear(c.expert_width, c.action_dim)
         # The first velocities are near zero, so the first losses are those of predicting the mean.
         nn.init.normal_(self.action_out_proj.weight, std=0.1 * c.expert_width**-0.5)
         nn.init.zeros_(self.action_out_proj.bias)
+
+    def build_expert(self) -> None:
+        """Set up the action expert and its input projections."""
+        c = self.config
+        self.expert = Gemma(c.expert_width, c.vlm_depth, c.expert_mlp, c.heads, c.kv_heads, c.head_dim)
+        self.state_proj = nn.Linear(c.state_dim, c.expert_width)
+        self.action_in_proj = nn.Linear(c.action_dim, c.expert_width)
+        self.action_time_mlp_in = nn.Linear(2 * c.expert_width, c.expert_width)
+        self.action_time_mlp_out = nn.Linear(c.expert_width, c.expert_width)
 
     # ---------------------------------------------------------------- prefix
 
@@ -283,27 +297,35 @@ class Pi0(nn.Module):
 
     def features(self, prefix: Prefix, state: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """Expert output per action token, before the action head: (B, [n,] H, expert_width); inputs as in `velocity`."""
-        c = self.config
-        x = self.embed_suffix(state, x_t, t)  # (B, T, W): one state token, then n times H actions
-        T = x.shape[1]
-        # The state token sees the prefix and itself; an action sees the prefix, the state, and the actions of its own chunk.
-        index = torch.arange(T - 1, device=x.device)
-        chunk = index // c.horizon  # which of the n an action belongs to
-        own = torch.zeros(T, T, dtype=torch.bool, device=x.device)
-        own[:, 0] = True
-        own[1:, 1:] = chunk[:, None] == chunk
-        own = own.expand(x.shape[0], T, T)
-        visible = torch.cat((prefix.mask[:, None, :].expand(-1, T, -1), own), dim=2)  # (B, T, P + T)
-        positions = prefix.n_valid[:, None] + F.pad(1 + index % c.horizon, (1, 0))  # (B, T); the state token comes first
+        x = self.embed_suffix(state, x_t, t).to(self.expert.dtype)  # (B, T, W): one state token, then n times H actions
+        rope, attend, past = self.suffix_attention(prefix, x.shape[1], state_tokens=1)
+        for layer, keys_values in zip(self.expert.layers, past):
+            x, _, _ = layer(x, rope, attend, keys_values)
+        return self.expert.norm(x[:, 1:]).to(self.action_out_proj.weight.dtype).view(*x_t.shape[:-1], -1)
 
-        dtype = self.expert.dtype
-        x, keys, values = x.to(dtype), prefix.keys.to(dtype), prefix.values.to(dtype)
-        rope = rotary(positions, c.head_dim, c.rope_theta, dtype)
+    def suffix_attention(
+        self, prefix: Prefix, T: int, state_tokens: int
+    ) -> tuple[tuple[Tensor, Tensor], Tensor, list[tuple[Tensor, Tensor]]]:
+        """What the expert's layers need beside T suffix tokens, `state_tokens` of them in front of the actions.
+
+        A state token sees the prefix and the state tokens; an action sees the prefix, the state, and the actions of its own
+        chunk. -> rotary factors, additive mask (B, 1, T * heads / kv_heads, P + T), and the prefix's keys and values per
+        layer.
+        """
+        c, dtype = self.config, self.expert.dtype
+        index = torch.arange(T - state_tokens, device=prefix.mask.device)
+        chunk = index // c.horizon  # which of the n an action belongs to
+        own = torch.zeros(T, T, dtype=torch.bool, device=index.device)
+        own[:, :state_tokens] = True
+        own[state_tokens:, state_tokens:] = chunk[:, None] == chunk
+        own = own.expand(len(prefix), T, T)
+        visible = torch.cat((prefix.mask[:, None, :].expand(-1, T, -1), own), dim=2)  # (B, T, P + T)
+        first = torch.arange(state_tokens, device=index.device)
+        positions = prefix.n_valid[:, None] + torch.cat((first, state_tokens + index % c.horizon))  # (B, T)
         # Each row of the mask serves the query heads of a group.
         attend = additive_mask(visible, dtype).repeat_interleave(c.heads // c.kv_heads, dim=1)[:, None]
-        for index, layer in enumerate(self.expert.layers):
-            x, _, _ = layer(x, rope, attend, past=(keys[index], values[index]))
-        return self.expert.norm(x[:, 1:]).to(self.action_out_proj.weight.dtype).view(*x_t.shape[:-1], -1)
+        past = list(zip(prefix.keys.to(dtype).unbind(), prefix.values.to(dtype).unbind()))
+        return rotary(positions, c.head_dim, c.rope_theta, dtype), attend, past
 
     def embed_suffix(self, state: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """State (B, S), noisy actions (B, [n,] H, A), times (B, [n]) -> expert tokens (B, 1 + [n ·] H, expert_width)."""
@@ -346,7 +368,7 @@ class Pi0(nn.Module):
         if steps < 1:
             raise ValueError(f"num_steps is {steps}; expected at least 1")
         B = len(prefix)
-        x = torch.randn(B, c.horizon, c.action_dim, device=state.device) if noise is None else noise
+        x = torch.randn(B, c.horizon, c.action_dim, device=prefix.mask.device) if noise is None else noise
         for i in range(steps):
             t = torch.full((B,), 1 - i / steps, device=x.device)
             x = x - self.velocity(prefix, state, x, t) / steps
@@ -404,15 +426,14 @@ class Pi0(nn.Module):
         As in the published code, that is the Gemma norms, the SigLIP patch and position embeddings, and the expert's
         state, action and time projections. Use this rather than `.to(dtype)`, which would convert them too.
         """
-        self.float()
-        for module in [*self.vlm_modules(), self.expert]:
-            module.to(dtype)
+        low = {id(p) for module in [*self.vlm_modules(), self.expert] for p in module.parameters()}
         for module in self.modules():
-            if isinstance(module, RMSNorm):
-                module.float()
+            if isinstance(module, RMSNorm | AdaRMSNorm | SiglipVisionEmbeddings):
+                low -= {id(p) for p in module.parameters()}
+        for parameter in self.parameters():  # one by one: no island is rounded on the way, no second copy of all is made
+            parameter.data = parameter.data.to(dtype if id(parameter) in low else torch.float32)
         if self.config.num_cameras:
-            embeddings = self.vision_embeddings().float()
-            embeddings.output_dtype = dtype
+            self.vision_embeddings().output_dtype = dtype
         return self
 
 

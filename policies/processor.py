@@ -13,11 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import sentencepiece
+import tokenizers
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 TINY_TOKENIZER = Path(__file__).parent / "assets" / "tiny_tokenizer.model"
+STATE_BINS = np.linspace(-1, 1, 257)[:-1]
+"""lower edges of the 256 bins in which π0.5's prompt gives a normalised state, as in openpi"""
 
 
 @dataclass
@@ -49,19 +52,28 @@ class NormStats:
     def from_data(cls, data: np.ndarray, min_std: float = 1e-2) -> "NormStats":
         """Statistics over all but the last axis of data (..., D).
 
-        min_std: floor of the deviation, in the data's units. A value that hardly varies in the demonstrations would
-        otherwise be magnified without limit as soon as the policy leaves them. Raises ValueError if there is no data.
+        min_std: floor of the deviation, and of half the distance between the quantiles, in the data's units. A value that
+        hardly varies in the demonstrations would otherwise be magnified without limit as soon as the policy leaves them.
+        Raises ValueError if there is no data.
         """
         flat = np.asarray(data, dtype=np.float64).reshape(-1, np.shape(data)[-1])  # (N, D)
         if not len(flat):
             raise ValueError(f"normalisation data has shape {np.shape(data)}; expected at least one vector")
         q01, q99 = np.quantile(flat, (0.01, 0.99), axis=0)
-        return cls(flat.mean(axis=0), np.maximum(flat.std(axis=0), min_std), q01, q99)
+        short = np.maximum(0, min_std - (q99 - q01) / 2)
+        return cls(flat.mean(axis=0), np.maximum(flat.std(axis=0), min_std), q01 - short, q99 + short)
 
     @classmethod
     def identity(cls, dim: int) -> "NormStats":
         """Statistics that leave a vector (dim,) as it is."""
         return cls(np.zeros(dim), np.ones(dim), -np.ones(dim), np.ones(dim))
+
+    @classmethod
+    def affine(cls, center: np.ndarray, scale: np.ndarray) -> "NormStats":
+        """Statistics that map center ± scale, each (D,), to ±1, read as mean and deviation or as quantiles."""
+        center, scale = np.asarray(center, dtype=np.float64), np.asarray(scale, dtype=np.float64)
+        with np.errstate(invalid="ignore"):  # what is not finite is refused below
+            return cls(center, scale, center - scale, center + scale)
 
     def to_dict(self) -> dict:
         """Lists for JSON, in openpi's layout."""
@@ -69,24 +81,46 @@ class NormStats:
 
 
 class Tokenizer:
-    """A sentencepiece model: the small one that ships with the project, or a path to PaliGemma's."""
+    """A sentencepiece model or a `tokenizer.json`: the small one that ships with the project, or a path to PaliGemma's."""
 
     def __init__(self, path: str | Path = TINY_TOKENIZER):
-        """Raises ValueError if the file is missing or no sentencepiece model."""
+        """Raises ValueError if the file is missing or no tokenizer."""
         self.path = Path(path)
         try:
             self.serialized = self.path.read_bytes()
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=self.serialized)
-        except (OSError, RuntimeError) as error:
-            raise ValueError(f"tokenizer {path}: {error}; expected a sentencepiece .model file") from None
+            if self.path.suffix == ".json":
+                self._model = tokenizers.Tokenizer.from_buffer(self.serialized)
+                self._size = self._model.get_vocab_size(with_added_tokens=False)
+                self._bos = self._model.token_to_id("<bos>")
+            else:
+                self._model = sentencepiece.SentencePieceProcessor(model_proto=self.serialized)
+                self._size, self._bos = self._model.get_piece_size(), self._model.bos_id()
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"tokenizer {path}: {error}; expected a sentencepiece .model or a tokenizer.json file"
+            ) from None
+        if self._bos is None or self._bos < 0:
+            raise ValueError(f"tokenizer {path} has no begin-of-sequence token <bos>; expected PaliGemma's or one like it")
 
     def __len__(self) -> int:
-        return self._model.get_piece_size()
+        return self._size
 
-    def encode(self, text: str) -> list[int]:
-        """π0 prompt: begin-of-sequence, the cleaned text, and a separately encoded newline."""
+    def _pieces(self, text: str) -> list[int]:
+        if isinstance(self._model, tokenizers.Tokenizer):
+            return self._model.encode(text, add_special_tokens=False).ids
+        return self._model.encode(text)
+
+    def encode(self, text: str, state: np.ndarray | None = None) -> list[int]:
+        """Prompt of one observation, without padding.
+
+        π0: begin-of-sequence, the cleaned text, and a separately encoded newline. With a state (D,), normalised, as π0.5 has
+        it: begin-of-sequence and "Task: text, State: bins;\\nAction: ", where [-1, 1] is cut into 256 bins.
+        """
         cleaned = text.strip().replace("_", " ").replace("\n", " ")
-        return [self._model.bos_id(), *self._model.encode(cleaned), *self._model.encode("\n")]
+        if state is None:
+            return [self._bos, *self._pieces(cleaned), *self._pieces("\n")]
+        bins = np.digitize(state, STATE_BINS) - 1  # -1 below the range, 255 from the last edge on
+        return [self._bos, *self._pieces(f"Task: {cleaned}, State: {' '.join(map(str, bins))};\nAction: ")]
 
 
 class Processor:
@@ -103,8 +137,13 @@ class Processor:
         state_stats: NormStats,
         action_stats: NormStats,
         device: torch.device | str = "cpu",
+        relative: Sequence[int] = (),
+        pad_state_bins: bool = False,
     ):
-        """Raises ValueError if the statistics or the vocabulary exceed what the policy's config has room for."""
+        """relative: action dimensions that the policy gives as offsets from the same dimension of the state (openpi's
+        `pi0_libero`: 0 to 5). pad_state_bins: whether the state in π0.5's prompt is padded to the policy's width (lerobot
+        before 0.5). Raises ValueError if the statistics or the vocabulary exceed what the policy's config has room for.
+        """
         for name, stats, limit in (
             ("state", state_stats, config.state_dim),
             ("action", action_stats, config.action_dim),
@@ -121,6 +160,14 @@ class Processor:
         self.state_stats = state_stats
         self.action_stats = action_stats
         self.device = torch.device(device)
+        self.reads_state = getattr(config, "discrete_state", False)  # π0.5 only: π0's state is a token of its own
+        self.relative = tuple(relative)
+        self.pad_state_bins = pad_state_bins
+        if any(not 0 <= dim < min(len(state_stats), len(action_stats)) for dim in self.relative):
+            raise ValueError(
+                f"relative is {self.relative}; expected dimensions of both the state ({len(state_stats)}) "
+                f"and the action ({len(action_stats)})"
+            )
         self._tokens: dict[str, tuple[Tensor, Tensor]] = {}
         self._warned = False
 
@@ -138,8 +185,12 @@ class Processor:
         if len(instructions) != len(state):
             raise ValueError(f"{len(instructions)} instructions for {len(state)} observations; expected one each")
         images, image_mask = self.prepare_images(obs.get("image"), len(state))
-        tokens, token_mask = self.tokenize(instructions)
+        tokens, token_mask = self.tokenize(instructions, state)
         return images, image_mask, tokens, token_mask, state
+
+    def options(self) -> dict:
+        """Arguments beyond tokenizer, statistics and device, as JSON."""
+        return {"relative": list(self.relative), "pad_state_bins": self.pad_state_bins}
 
     # ---------------------------------------------------------------- images
 
@@ -173,34 +224,49 @@ class Processor:
 
     # ---------------------------------------------------------------- text
 
-    def tokenize(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """B strings -> tokens (B, L) int64, padded on the right with 0, and mask (B, L). Repeated strings are encoded
-        once.
+    def tokenize(self, instructions: Sequence[str], state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """B strings -> tokens (B, L) int64, padded on the right with 0, and mask (B, L).
 
-        A longer instruction is cut to L tokens, with one warning.
+        state: (B, S) as `normalize_state` gives it, for a policy that reads it from its prompt (π0.5 with `discrete_state`);
+        others ignore it. Without a state in it, a repeated prompt is encoded once. A longer prompt is cut to L tokens, with
+        one warning. Raises ValueError if the state is needed and absent.
         """
-        rows = [self._tokens[text] if text in self._tokens else self._encode(text) for text in instructions]
+        if self.reads_state:
+            if state is None:
+                raise ValueError("the prompt of this policy holds the state; pass the normalised state to tokenize")
+            bins = state if self.pad_state_bins else state[..., : len(self.state_stats)]
+            rows = [self._encode(text, values) for text, values in zip(instructions, bins.cpu().numpy())]
+        else:
+            for text in instructions:
+                if text not in self._tokens:
+                    self._tokens[text] = self._encode(text)
+            rows = [self._tokens[text] for text in instructions]
         return torch.stack([tokens for tokens, _ in rows]), torch.stack([mask for _, mask in rows])
 
-    def _encode(self, text: str) -> tuple[Tensor, Tensor]:
+    def _encode(self, text: str, state: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
         length = self.config.max_token_len
-        ids = self.tokenizer.encode(text)
+        ids = self.tokenizer.encode(text, state)
         if len(ids) > length and not self._warned:
             self._warned = True
-            warnings.warn(f"instruction of {len(ids)} tokens cut to max_token_len {length}: {text!r}", stacklevel=4)
+            warnings.warn(f"prompt of {len(ids)} tokens cut to max_token_len {length}: {text!r}", stacklevel=4)
         ids = ids[:length]
         tokens = torch.tensor(ids + [0] * (length - len(ids)), device=self.device)
-        self._tokens[text] = tokens, torch.arange(length, device=self.device) < len(ids)
-        return self._tokens[text]
+        return tokens, torch.arange(length, device=self.device) < len(ids)
 
     # ---------------------------------------------------------------- state and actions
 
     def normalize_state(self, state: np.ndarray | Tensor) -> Tensor:
-        """(..., S_raw) -> (..., S) float32: (x - mean) / (std + 1e-6), then zeros."""
+        """(..., S_raw) -> (..., S) float32, scaled by the statistics, then zeros."""
         return self._normalize(state, self.state_stats, self.config.state_dim, "state")
 
-    def normalize_actions(self, actions: np.ndarray | Tensor) -> Tensor:
-        """(..., A_raw) in the environment's units -> (..., A) float32: (x - mean) / (std + 1e-6), then zeros."""
+    def normalize_actions(self, actions: np.ndarray | Tensor, state: np.ndarray | Tensor | None = None) -> Tensor:
+        """(..., H, A_raw) in the environment's units -> (..., H, A) float32, scaled by the statistics, then zeros.
+
+        state: (..., S_raw), not normalised, at the beginning of the chunk, for a policy with `relative` actions.
+        """
+        actions = torch.as_tensor(actions, dtype=torch.float32, device=self.device)
+        if self.relative:
+            actions = self._shift(actions, state, -1)
         return self._normalize(actions, self.action_stats, self.config.action_dim, "action")
 
     def _normalize(self, x: np.ndarray | Tensor, stats: NormStats, width: int, name: str) -> Tensor:
@@ -209,17 +275,42 @@ class Processor:
             raise ValueError(
                 f"{name} has {x.shape[-1]} dimensions; expected {len(stats)}, as in the policy's statistics"
             )
-        mean, std = torch.as_tensor(stats.mean, device=x.device), torch.as_tensor(stats.std, device=x.device)
-        return F.pad((x - mean) / (std + 1e-6), (0, width - len(stats)))
+        if self.config.normalization == "quantile":
+            low, high = torch.as_tensor(stats.q01, device=x.device), torch.as_tensor(stats.q99, device=x.device)
+            x = (x - low) / (high - low + 1e-6) * 2 - 1
+        else:
+            mean, std = torch.as_tensor(stats.mean, device=x.device), torch.as_tensor(stats.std, device=x.device)
+            x = (x - mean) / (std + 1e-6)
+        return F.pad(x, (0, width - len(stats)))
 
-    def unnormalize_actions(self, actions: np.ndarray | Tensor) -> np.ndarray | Tensor:
-        """(..., A) -> (..., A_raw) in the environment's units; numpy gives numpy, a tensor gives a tensor."""
+    def unnormalize_actions(
+        self, actions: np.ndarray | Tensor, state: np.ndarray | Tensor | None = None
+    ) -> np.ndarray | Tensor:
+        """(..., H, A) -> (..., H, A_raw) in the environment's units; numpy gives numpy, a tensor gives a tensor.
+
+        state: (..., S_raw), not normalised, that the policy acted on, for a policy with `relative` actions.
+        """
         stats = self.action_stats
-        actions = actions[..., : len(stats)]
-        if isinstance(actions, Tensor):
-            mean, std = (torch.as_tensor(v, device=actions.device) for v in (stats.mean, stats.std))
-            return actions.float() * (std + 1e-6) + mean
-        return np.asarray(actions, dtype=np.float32) * (stats.std + np.float32(1e-6)) + stats.mean
+        x = torch.as_tensor(actions)[..., : len(stats)].float()
+        if self.config.normalization == "quantile":
+            low, high = torch.as_tensor(stats.q01, device=x.device), torch.as_tensor(stats.q99, device=x.device)
+            x = (x + 1) / 2 * (high - low + 1e-6) + low
+        else:
+            mean, std = torch.as_tensor(stats.mean, device=x.device), torch.as_tensor(stats.std, device=x.device)
+            x = x * (std + 1e-6) + mean
+        if self.relative:
+            x = self._shift(x, state, 1)
+        return x if isinstance(actions, Tensor) else x.numpy()
+
+    def _shift(self, actions: Tensor, state: np.ndarray | Tensor | None, sign: int) -> Tensor:
+        """Actions (..., H, A_raw) with `sign` times the state (..., S_raw) added to the relative dimensions."""
+        if state is None:
+            raise ValueError(f"actions {self.relative} of this policy are relative to the state; pass the observation's state")
+        dims = list(self.relative)
+        state = torch.as_tensor(state, dtype=actions.dtype, device=actions.device)
+        actions = actions.clone()
+        actions[..., dims] += sign * state[..., None, dims]
+        return actions
 
 
 def resize_with_padding(images: Tensor, size: int) -> Tensor:
