@@ -121,7 +121,7 @@ def main(args: Args) -> None:
         policy.freeze_vlm()
     policy.train()
     instructions = [data.attrs["instruction"]]
-    actions = policy.processor.normalize_actions(chunks)  # (N, H, A)
+    actions = policy.processor.normalize_actions(chunks, data.state)  # (N, H, A)
     state = policy.processor.normalize_state(data.state)  # (N, S)
 
     def encode(rows: torch.Tensor) -> policies.Prefix:

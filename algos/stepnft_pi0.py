@@ -408,7 +408,8 @@ if __name__ == "__main__":
                         chunks.append((kept, state, xs, vs, epoch * args.num_envs + index, np.full(len(index), position)))
                         position += 1
                         actions = np.zeros((args.num_envs, execute, venv.action_dim), np.float32)
-                        actions[index] = policy.processor.unnormalize_actions(xs[:, -1, :execute]).cpu().numpy()
+                        chunk = policy.processor.unnormalize_actions(xs[:, -1, :execute], obs["state"][index])
+                        actions[index] = chunk.cpu().numpy()
                         obs, _, terminated, truncated, info = venv.step(actions)
                         env_steps += int(info["steps"].sum())
                         running &= ~(terminated | truncated)

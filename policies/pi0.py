@@ -387,7 +387,7 @@ class Pi0(nn.Module):
         prefix = self.encode_prefix(images, image_mask, tokens, token_mask)
         shape = (len(state), self.config.horizon, self.config.action_dim)
         noise = torch.randn(shape, generator=generator, device=state.device)
-        return self.processor.unnormalize_actions(self.sample(prefix, state, noise, num_steps).cpu().numpy())
+        return self.processor.unnormalize_actions(self.sample(prefix, state, noise, num_steps).cpu().numpy(), obs["state"])
 
     # ---------------------------------------------------------------- training and precision
 
