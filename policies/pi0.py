@@ -253,13 +253,15 @@ class Pi0(nn.Module):
         x = self.language_model.embed_tokens(tokens) * math.sqrt(self.config.vlm_width)  # (B, L, W)
         mask = token_mask.bool()
         if self.config.num_cameras:
-            features = self.encode_images(images).to(x.dtype)  # (B, N * tokens_per_image, W)
+            features = self.encode_images(images, image_mask).to(x.dtype)  # (B, N * tokens_per_image, W)
             x = torch.cat((features, x), dim=1)  # (B, P, W)
             mask = torch.cat((image_mask.bool().repeat_interleave(self.config.tokens_per_image, dim=1), mask), dim=1)
-        x = x.to(self.language_model.dtype)
-        positions = mask.cumsum(dim=1) - 1  # (B, P)
-        rope = rotary(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
-        attend = additive_mask(mask, x.dtype)[:, None, None, :]  # (B, 1, 1, P): every query sees every valid key
+        # Columns that no observation uses (a camera absent in all, the padding behind the longest text) would be computed
+        # only to be masked: they are left out here and are zeros in the result.
+        used = mask.any(dim=0).nonzero().squeeze(1)  # (U,)
+        x, valid = x[:, used].to(self.language_model.dtype), mask[:, used]
+        rope = rotary(valid.cumsum(dim=1) - 1, self.config.head_dim, self.config.rope_theta, x.dtype)
+        attend = additive_mask(valid, x.dtype)[:, None, None, :]  # (B, 1, 1, U): every query sees every valid key
         keys, values = [], []
         for layer in self.language_model.layers[:-1]:
             x, k, v = layer(x, rope, attend)
@@ -268,10 +270,16 @@ class Pi0(nn.Module):
         # Of the last layer the expert reads only keys and values: its attention and feed-forward parts, and the final
         # norm, stay in the module for the published layout but are never computed.
         k, v = self.language_model.layers[-1].keys_values(x, rope)
-        return Prefix(torch.stack([*keys, k]), torch.stack([*values, v]), mask, mask.sum(dim=1))
+        keys, values = torch.stack([*keys, k]), torch.stack([*values, v])  # (depth, B, U, kv_heads * head_dim)
+        shape = (*keys.shape[:2], mask.shape[1], keys.shape[3])
+        keys, values = (y.new_zeros(shape).index_copy(2, used, y) for y in (keys, values))
+        return Prefix(keys, values, mask, mask.sum(dim=1))
 
-    def encode_images(self, images: Tensor) -> Tensor:
-        """Camera images (B, N, 3, H, W) in [-1, 1] -> prefix features (B, N * tokens_per_image, vlm_width)."""
+    def encode_images(self, images: Tensor, image_mask: Tensor | None = None) -> Tensor:
+        """Camera images (B, N, 3, H, W) in [-1, 1] -> prefix features (B, N * tokens_per_image, vlm_width).
+
+        image_mask: (B, N) bool, all present if None; the features of an absent camera are not computed, they are zeros.
+        """
         c = self.config
         expected = (c.num_cameras, 3, c.image_size, c.image_size)
         if images is None or tuple(images.shape[1:]) != expected:
@@ -279,9 +287,15 @@ class Pi0(nn.Module):
             raise ValueError(
                 f"images: got {given}; expected (batch, cameras, 3, height, width) = (B, {str(expected)[1:]}"
             )
-        features = self.vision_tower(images.flatten(0, 1)).last_hidden_state  # (B * N, tokens_per_image, vision_width)
         projector = self.multi_modal_projector["linear"]
-        return projector(features.to(projector.weight.dtype)).unflatten(0, (-1, c.num_cameras)).flatten(1, 2)
+        features = projector.weight.new_zeros(images.shape[0] * c.num_cameras, c.tokens_per_image, c.vlm_width)
+        present = torch.arange(len(features), device=images.device)
+        if image_mask is not None:
+            present = present[image_mask.flatten().bool()]
+        if len(present):
+            seen = self.vision_tower(images.flatten(0, 1)[present]).last_hidden_state  # (present, tokens, vision_width)
+            features = features.index_copy(0, present, projector(seen.to(projector.weight.dtype)))
+        return features.unflatten(0, (-1, c.num_cameras)).flatten(1, 2)
 
     # ---------------------------------------------------------------- suffix
 

@@ -135,6 +135,29 @@ def test_content_of_padding_does_not_matter():
     assert torch.equal(velocity(policy, changed), velocity(policy, inputs))
 
 
+def test_what_no_observation_uses_is_not_computed():
+    policy = make_policy()
+    inputs = make_inputs(policy)
+    whole, rows = encode(policy, inputs), {k: v[1:2] for k, v in inputs.items()}  # lacks a camera, and a text token
+    sizes = []
+    handles = [
+        policy.vision_tower.register_forward_pre_hook(lambda m, args: sizes.append(len(args[0]))),
+        policy.language_model.layers[0].register_forward_pre_hook(lambda m, args: sizes.append(args[0].shape[1])),
+    ]
+    alone = encode(policy, rows)
+    assert sizes == [1, whole.n_valid[1]] and alone.keys.shape[2] == policy.config.prefix_len
+    valid = rows["image_mask"].repeat_interleave(4, dim=1), rows["token_mask"]
+    assert torch.equal(alone.mask, torch.cat(valid, dim=1)) and torch.equal(alone.mask, whole.mask[1:2])
+    for mine, together in ((alone.keys, whole.keys), (alone.values, whole.values)):
+        assert torch.allclose(mine[:, alone.mask], together[:, 1][:, alone.mask[0]], atol=1e-5)
+        assert not mine[:, ~alone.mask].any()
+    sizes.clear()
+    blind = encode(policy, {**rows, "image_mask": torch.zeros(1, 2, dtype=torch.bool)})
+    assert sizes == [rows["token_mask"].sum()] and blind.n_valid == rows["token_mask"].sum()
+    for handle in handles:
+        handle.remove()
+
+
 def test_state_token_does_not_see_actions_but_actions_see_everything():
     policy = make_policy()
     inputs = make_inputs(policy)
