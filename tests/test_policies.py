@@ -183,8 +183,9 @@ def test_observations_that_share_an_instruction_share_its_encoding():
     together = policy.encode_prefix(None, None, tokens, mask)
     for i in range(len(tokens)):
         alone = policy.encode_prefix(None, None, tokens[i : i + 1], mask[i : i + 1])
-        assert torch.allclose(together.keys[:, i], alone.keys[:, 0], atol=1e-6)
-        assert torch.allclose(together.values[:, i], alone.values[:, 0], atol=1e-6) and torch.equal(together.mask[i], mask[i])
+        assert torch.equal(together.mask[i], mask[i])
+        assert torch.allclose(together.keys[:, i, mask[i]], alone.keys[:, 0, mask[i]], atol=1e-6)
+        assert torch.allclose(together.values[:, i, mask[i]], alone.values[:, 0, mask[i]], atol=1e-6)
 
 
 def test_points_of_the_flow_that_share_a_prefix_are_as_if_alone():
