@@ -44,7 +44,7 @@ class Args:
     """seed of everything random"""
     iterations: int = 120
     """rollout + update rounds (authors: 400 LIBERO, 240 ManiSkill)"""
-    max_minutes: float = 26.0
+    max_minutes: float = 24.0
     """stop training after so many minutes of this call even if iterations remain (--resume goes on); 0: no limit"""
     train: Literal["expert", "all"] = "expert"
     """expert: the VLM is frozen and each prefix is computed once (the authors' choice); all: everything is trained"""
