@@ -92,7 +92,7 @@ def main(args: Args) -> None:
     device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu"))
 
     # Demonstrations
-    base = policies.load(args.base, device) if args.base else None
+    base = policies.load(args.base, device, expect="pi0") if args.base else None
     image_size = base.config.image_size if base else args.image_size
     venv = envs.make(args.env_id, args.num_envs, obs_mode=args.obs_mode, image_size=image_size, chunk=args.execute, seed=args.seed)
     size = f"{image_size}px-" if args.obs_mode == "rgb" else ""

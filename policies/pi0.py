@@ -117,7 +117,7 @@ class Pi0Config:
             image_size=96, patch_size=12, num_cameras=1,
             vision_width=128, vision_depth=4, vision_mlp=256, vision_heads=4,
             vlm_width=128, vlm_depth=3, vlm_mlp=256, expert_width=128, expert_mlp=256, heads=4, kv_heads=1, head_dim=32,
-            vocab_size=448, max_token_len=16, state_dim=48, action_dim=8, horizon=8, num_steps=4,
+            vocab_size=768, max_token_len=16, state_dim=48, action_dim=8, horizon=8, num_steps=4,
         )  # fmt: skip
         return cls.from_dict({**sizes, **overrides})
 

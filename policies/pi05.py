@@ -38,9 +38,9 @@ class Pi05Config(Pi0Config):
     def tiny(cls, **overrides) -> "Pi05Config":
         """π0's tiny sizes with the adaptive expert, about 1.9 M parameters, with any field overridden.
 
-        The prompt has room for an instruction and 42 numbers in pieces of the small tokenizer, which has one per digit.
+        The prompt has room for an instruction and 48 numbers, each one piece of the small tokenizer.
         """
-        return super().tiny(**{"max_token_len": 208, **overrides})
+        return super().tiny(**{"max_token_len": 80, **overrides})
 
 
 class Pi05(Pi0):

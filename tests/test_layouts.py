@@ -18,7 +18,7 @@ from policies.weights import EXPERT, PALIGEMMA, Weights, canonical_name, publish
 SMALL = dict(
     image_size=24, patch_size=12, num_cameras=3, vision_width=16, vision_depth=2, vision_mlp=24, vision_heads=2,
     vlm_width=24, vlm_depth=2, vlm_mlp=40, expert_width=16, expert_mlp=32, heads=4, kv_heads=1, head_dim=8,
-    vocab_size=448, max_token_len=60, state_dim=5, action_dim=5, horizon=3,
+    vocab_size=768, max_token_len=60, state_dim=5, action_dim=5, horizon=3,
 )  # fmt: skip
 UNSEEN = dict(head_dim=8, vision_heads=2)  # what shapes do not tell
 REST = dict(horizon=3, max_token_len=60)  # what the configuration of a folder tells, if it has one
@@ -55,7 +55,7 @@ def act(policy) -> np.ndarray:
 def tensors_of(policy) -> dict[str, torch.Tensor]:
     """The weights under their published names, with the unused head that published files carry."""
     tensors = {published_name(name): tensor.clone() for name, tensor in policy.state_dict().items()}
-    return {**tensors, f"{EXPERT}lm_head.weight": torch.zeros(448, 16)}
+    return {**tensors, f"{EXPERT}lm_head.weight": torch.zeros(768, 16)}
 
 
 def renamed(tensors: dict, *replacements: tuple[str, str]) -> dict:

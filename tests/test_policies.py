@@ -19,7 +19,7 @@ from policies.processor import resize_with_padding
 SMALL = dict(
     image_size=24, patch_size=12, num_cameras=2, vision_width=16, vision_depth=2, vision_mlp=24, vision_heads=2,
     vlm_width=24, vlm_depth=3, vlm_mlp=40, expert_width=16, expert_mlp=32, heads=4, kv_heads=1, head_dim=8,
-    vocab_size=448, max_token_len=6, state_dim=5, action_dim=4, horizon=3,
+    vocab_size=768, max_token_len=6, state_dim=5, action_dim=4, horizon=3,
 )  # fmt: skip
 
 
@@ -431,7 +431,7 @@ def test_prompt_is_bos_text_newline_padded_with_zeros():
     assert tokenizer.encode("") == [2, ids[-1]]
     tokens, mask = processor.tokenize(["pick the cube", "Grasp a red cube and move it to a target goal position."])
     assert tokens.dtype == torch.int64 and tokens[0].tolist() == ids + [0] * 11 and mask.sum(dim=1).tolist() == [5, 16]
-    assert max(tokenizer.encode("Ünïcode 机器人")) < len(tokenizer) <= 448  # bytes, not unknowns
+    assert max(tokenizer.encode("Ünïcode 机器人")) < len(tokenizer) <= 768  # bytes, not unknowns
     assert 3 not in tokenizer.encode("Ünïcode 机器人")
 
 
