@@ -357,3 +357,21 @@ def test_a_short_sft_writes_a_policy_that_knows_its_data(tmp_path):
     assert (sft["demos"], sft["steps"], sft["episodes"]) == (4, 5, 4)
     assert sft["interval"][0] <= sft["success"] <= sft["interval"][1]
     assert scalars(only_run(tmp_path))["losses/flow"].keys() == {0, 4}
+
+
+def test_pi05_learns_to_read_and_then_from_demonstrations(tmp_path):
+    """The whole way to a π0.5 policy: pre-training that reads numbers, few-shot SFT on it, with the state in the prompt."""
+    options = "--obs-mode state --num-threads 1"
+    sft = f"{options} --demos 4 --steps 3 --eval-episodes 2 --num-envs 2 --no-video --output out --base read".split()
+    with contextlib.redirect_stdout(None):
+        run("pretrain_pi05", *options.split(), "--steps", 2, "--batch-size", 4, "--output", "read", cwd=tmp_path)
+        run("sft_pi05", *sft, cwd=tmp_path)
+    read, policy = policies.load(tmp_path / "read"), policies.load(tmp_path / "out")
+    assert read.meta["pretraining"]["number_error"] > 0
+    assert isinstance(policy, policies.Pi05) and policy.processor.reads_state and not same(read.state_dict(), policy.state_dict())
+    states = np.stack([policy.processor.state_stats.q01, policy.processor.state_stats.q99])
+    prompts, mask = policy.processor.tokenize(["pick up the cube"] * 2, policy.processor.normalize_state(states))
+    assert mask.all(dim=1).tolist() == [False, False] and not torch.equal(prompts[0], prompts[1])
+    with pytest.raises(SystemExit) as stop:  # π0's SFT cannot start from it
+        run("sft_pi0", *sft, cwd=tmp_path)
+    assert str(stop.value).startswith("error: ") and "holds a pi05 policy; expected pi0" in str(stop.value)
