@@ -14,12 +14,15 @@ Time runs from t = 1 (noise) to t = 0 (action): x_t = t * noise + (1 - t) * acti
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import SiglipVisionConfig, SiglipVisionModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
 
 from policies.gemma import AdaRMSNorm, Gemma, Linear, RMSNorm, additive_mask, rotary
@@ -460,10 +463,11 @@ class Pi0(nn.Module):
         Same gradients, a third more time, a fraction of the memory (docs/memory.md).
         """
         self.language_model.checkpointing = self.expert.checkpointing = enabled
-        if self.config.num_cameras and enabled:
-            self.vision_tower.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-        elif self.config.num_cameras:
-            self.vision_tower.gradient_checkpointing_disable()
+        if self.config.num_cameras:
+            for module in self.vision_tower.modules():  # transformers' layers do this themselves, in training mode
+                if isinstance(module, GradientCheckpointingLayer):
+                    module.gradient_checkpointing = enabled
+                    module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         return self
 
     def cast(self, dtype: torch.dtype, trained: str | None = None) -> "Pi0":
