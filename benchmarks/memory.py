@@ -20,14 +20,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, w
 
 import torch
 import tyro
-from torch._subclasses.fake_tensor import FakeTensorMode  # as the meta device, but with the attention kernels of a real one
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily  # as meta, but with a real device's kernels
 
 import policies
 from policies.checkpoint import TYPES
 
 MIDDLE = dict(
-    image_size=112, vision_width=384, vision_depth=6, vision_mlp=1536, vision_heads=6, vlm_width=384, vlm_depth=6, vlm_mlp=2048,
-    expert_width=256, expert_mlp=1024, heads=6, kv_heads=1, head_dim=64, vocab_size=8192,
+    image_size=112, vision_width=384, vision_depth=4, vision_mlp=1536, vision_heads=6, vlm_width=384, vlm_depth=4, vlm_mlp=2048,
+    expert_width=384, expert_mlp=1536, heads=6, kv_heads=1, head_dim=64, vocab_size=8192,
 )  # fmt: skip
 
 
@@ -41,7 +42,7 @@ class Args:
     """solver transitions per chunk that an update learns from"""
     lora_rank: int = 16
     """rank of the adapters"""
-    batch: int = 16
+    batch: int = 8
     """observations of the measured update"""
     out: Path = Path(__file__).parent / "results" / "memory.json"
     """JSON file of the result"""
@@ -96,10 +97,21 @@ def kept(policy: policies.Pi0, batch: int, args: Args) -> int:
     return sum(size for at, size in storages.items() if at not in apart)
 
 
-@FakeTensorMode()
+def without_values(*arguments) -> policies.Pi0:
+    """As `build`; call it within FakeTensorMode. Built on the meta device, as initial values cannot be faked."""
+    with unset_fake_temporarily(), torch.device("meta"):
+        policy = build(*arguments)
+    for module in policy.modules():
+        for name, tensor in module.named_parameters(recurse=False):
+            module._parameters[name] = nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype), tensor.requires_grad)
+        for name, tensor in module.named_buffers(recurse=False):
+            module._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+    return policy
+
+
 def estimate(kind: str, train: str, dtype: torch.dtype, sizes: dict, args: Args) -> dict[str, float]:
     """Bytes of each component. What an update keeps is fixed + per_sample · micro-batch, without and with checkpointing."""
-    policy = build(kind, train, dtype, sizes, args)
+    policy = without_values(kind, train, dtype, sizes, args)
     c = policy.config
     trained = [p for p in policy.parameters() if p.requires_grad]
     prefix = 2 * c.vlm_depth * c.prefix_len * c.kv_heads * c.head_dim * torch.finfo(policy.language_model.dtype).bits // 8
@@ -113,9 +125,7 @@ def estimate(kind: str, train: str, dtype: torch.dtype, sizes: dict, args: Args)
         one, two = kept(policy, 1, args), kept(policy, 2, args)
         result |= {f"{name}fixed": 2 * one - two, f"{name}per_sample": two - one}
     # the backward pass computes one layer of each stack at a time again
-    shallow = build(kind, train, dtype, {**sizes, "vlm_depth": c.vlm_depth - 1, "vision_depth": c.vision_depth - 1}, args)
-    one, two = kept(shallow, 1, args), kept(shallow, 2, args)
-    result["layer_per_sample"] = result["per_sample"] - (two - one)
+    result["layer_per_sample"] = (result["per_sample"] - result["checkpointed_per_sample"]) // c.vlm_depth
     return result
 
 
@@ -127,35 +137,32 @@ def resident() -> int:
 
 
 def measure(kind: str, train: str, dtype: torch.dtype, checkpointing: bool, args: Args) -> dict[str, int]:
-    """Resident bytes of the same components for one real update. Runs in a process of its own."""
+    """Resident bytes of the same components in a real update. Runs in a process of its own."""
     torch.set_num_threads(1)
-    build(kind, "expert", dtype, {**MIDDLE, "vlm_depth": 2, "vision_depth": 1}, args)  # code pages, thread pools
-    start = resident()
-    policy = build(kind, train, dtype, MIDDLE, args).checkpoint_gradients(checkpointing)
-    weights = resident()
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr=1e-6)
-    observation, flow = inputs(policy, args.batch, args)
-
-    def forward(rows: slice):
-        with torch.no_grad() if policy.vlm_frozen else torch.enable_grad():
-            prefix = policy.encode_prefix(*(x[rows] for x in observation))
-        before = resident() if policy.vlm_frozen else None
-        return prefix, before, policy.velocity(prefix, *(x[rows] for x in flow)).square().mean()
-
-    *_, loss = forward(slice(0, 1))
-    loss.backward()
-    optimizer.step()
-    del loss
-    trained_state = resident()
-    before = resident()
-    prefix, with_prefix, loss = forward(slice(None))
-    after = resident()
-    del prefix
-    loss.backward()
+    for sizes in ({**MIDDLE, "vlm_depth": 1, "vision_depth": 1}, MIDDLE):  # the first round brings libraries into memory
+        start = resident()
+        policy = build(kind, train, dtype, sizes, args).checkpoint_gradients(checkpointing)
+        weights = resident()
+        trained = [p for p in policy.parameters() if p.requires_grad]
+        optimizer = torch.optim.Adam(trained, lr=1e-6)
+        for batch in (1, args.batch):
+            observation, flow = inputs(policy, batch, args)
+            before = with_prefix = resident()
+            with torch.set_grad_enabled(not policy.vlm_frozen):
+                prefix = policy.encode_prefix(*observation)
+            if policy.vlm_frozen:
+                with_prefix = resident()
+            loss = policy.velocity(prefix, *flow).square().mean()
+            after = resident()
+            if batch == 1:
+                loss.backward()
+                optimizer.step()
+                del prefix, loss
+                trained_state = resident()
+        del policy, trained, optimizer, prefix, loss
     return dict(
-        weights=weights - start, gradients_and_adam=trained_state - weights, activations=after - (with_prefix or before),
-        prefix=(with_prefix - before) if policy.vlm_frozen else 0,
+        weights=weights - start, gradients_and_adam=trained_state - weights, activations=after - with_prefix,
+        prefix=with_prefix - before,
     )  # fmt: skip
 
 
@@ -204,15 +211,17 @@ def main(args: Args) -> None:
     full, small = [], []
     for kind in TYPES:
         for train in ("expert", "lora", "all"):
-            for dtype in (torch.bfloat16, torch.float32):
-                row = estimate(kind, train, dtype, {}, args)
-                full.append(dict(policy=kind, train=train, dtype=str(dtype)[6:], **row))
-                print(full[-1])
+            with FakeTensorMode():
+                row = estimate(kind, train, torch.bfloat16, {}, args)
+            full.append(dict(policy=kind, train=train, dtype="bfloat16", **row))
+            print(full[-1], flush=True)
     for kind, train, dtype, checkpointing in (
         ("pi0", "expert", torch.float32, False), ("pi0", "lora", torch.float32, False), ("pi0", "all", torch.float32, False),
-        ("pi0", "all", torch.float32, True), ("pi05", "expert", torch.float32, False), ("pi0", "lora", torch.bfloat16, True),
+        ("pi0", "all", torch.float32, True), ("pi05", "expert", torch.bfloat16, False),
     ):  # fmt: skip
-        e, found = estimate(kind, train, dtype, MIDDLE, args), measured(kind, train, dtype, checkpointing, args)
+        with FakeTensorMode():
+            e = estimate(kind, train, dtype, MIDDLE, args)
+        found = measured(kind, train, dtype, checkpointing, args)
         name = "checkpointed_" if checkpointing else ""
         expected = dict(
             weights=e["weights"], gradients_and_adam=e["gradients"] + e["adam"],
@@ -221,7 +230,7 @@ def main(args: Args) -> None:
         )  # fmt: skip
         small.append(dict(policy=kind, train=train, dtype=str(dtype)[6:], checkpointing=checkpointing, batch=args.batch,
                           parameters=e["parameters"], estimated=expected, measured=found))  # fmt: skip
-        print(small[-1])
+        print(small[-1], flush=True)
     tables(full, small)
     args.out.parent.mkdir(exist_ok=True)
     machine = dict(torch=torch.__version__, python=platform.python_version(), processor=platform.machine())

@@ -245,6 +245,20 @@ def test_gradients_of_micro_batches_add_up(train):
 # -------------------------------------------------------------------------------------------------------------- the rest
 
 
+@BOTH
+def test_the_velocity_compiles_as_a_whole_with_everything_on(make):
+    """--compile, without the code generation, which takes minutes: one graph, forward and backward, the same numbers."""
+    policy = trained_lora(make().cast(torch.bfloat16)).checkpoint_gradients().train()
+    inputs = make_inputs(policy)
+    prefix = encode(policy, inputs).detach()
+    found = []
+    for velocity_of in (policy.velocity, torch.compile(policy.velocity, fullgraph=True, backend="aot_eager")):
+        policy.zero_grad()
+        velocity_of(prefix, inputs["state"], inputs["x_t"], inputs["t"]).square().mean().backward()
+        found.append({name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None})
+    assert_close(*found, tolerance=0.02)  # of bfloat16
+
+
 def test_memory_is_what_the_process_holds():
     before = policies.memory_gb(torch.device("cpu"))
     block = torch.ones(50_000_000)
