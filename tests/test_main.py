@@ -201,8 +201,10 @@ def test_a_run_that_cannot_be_resumed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments, named", [("--execute 9", "horizon"), ("--train most", "--train"), ("--base nowhere", "nowhere")]
-)
+    "arguments, named",
+    [("--execute 9", "horizon"), ("--train most", "--train"), ("--base nowhere", "nowhere"), ("--dtype int8", "--dtype"),
+     ("--micro-batch -1", "--micro-batch"), ("--train lora", "--base")],
+)  # fmt: skip
 def test_sft_refuses_before_it_starts(arguments, named, tmp_path):
     assert named in refusal("sft_pi0", *arguments.split(), cwd=tmp_path)
 
