@@ -320,5 +320,5 @@ def test_where_prefixes_wait_and_how_minibatches_are_cut_does_not_matter(checkpo
     device, cpu, off = (weights(runs[name] / "policy") for name in ("device", "cpu", "off"))
     assert same(device, cpu)
     assert json.loads((runs["off"] / "args.json").read_text())["micro_batch"] == 3
-    for tag in ("losses/loss", "losses/grad_norm", "losses/drift", "losses/pref_acc"):
+    for tag in ("losses/loss", "losses/grad_norm", "losses/drift"):  # rankings at θ = θ_old are rounding, and so is their accuracy
         assert scalars(runs["off"])[tag][1] == pytest.approx(scalars(runs["device"])[tag][1], rel=1e-4), tag
