@@ -40,7 +40,18 @@ class Args:
     base: str | None = None
     """checkpoint to start from, e.g. one with pre-trained vision (algos/pretrain_pi0.py); default: random weights"""
     train: str = "all"
-    """expert: the VLM is frozen and its prefixes are computed once; all: everything is trained"""
+    """expert: the VLM is frozen and its prefixes are computed once; all: everything is trained; lora: low-rank additions to both
+    transformers are, see policies/lora.py"""
+    lora_rank: int = 16
+    """rank of --train lora (openpi: 16 in the language model, 32 in the expert)"""
+    lora_alpha: float = 16.0
+    """its scale: the additions are (alpha / rank)·B·A (openpi: as the rank)"""
+    dtype: str = "float32"
+    """float32, or bfloat16: precision of frozen weights and of the computation; trained weights are float32"""
+    gradient_checkpointing: bool = False
+    """keep layer inputs only and compute the rest again in the backward pass"""
+    micro_batch: int = 0
+    """observations per forward and backward pass, whose gradients add up to the batch's; 0: the whole batch at once"""
     output: str | None = None
     """checkpoint folder to write; by default runs/<run name>/policy"""
     seed: int = 1
@@ -82,8 +93,15 @@ def main(args: Args) -> None:
         raise envs.EnvError("--demos, --steps, --batch-size, --draws, --eval-episodes and --num-envs must be at least 1")
     if not 1 <= args.execute <= args.horizon:
         raise envs.EnvError(f"--execute {args.execute} must lie between 1 and the horizon {args.horizon}")
-    if args.train not in ("expert", "all"):
-        raise envs.EnvError(f"--train must be 'expert' or 'all', got {args.train!r}")
+    if args.train not in ("expert", "all", "lora"):
+        raise envs.EnvError(f"--train must be 'expert', 'all' or 'lora', got {args.train!r}")
+    if args.dtype not in ("float32", "bfloat16"):
+        raise envs.EnvError(f"--dtype must be 'float32' or 'bfloat16', got {args.dtype!r}")
+    if args.micro_batch < 0 or args.lora_rank < 1 or not args.lora_alpha > 0:
+        raise envs.EnvError(f"--micro-batch {args.micro_batch} must not be negative, --lora-rank {args.lora_rank} and --lora-alpha "
+                            f"{args.lora_alpha} must be positive")  # fmt: skip
+    if args.train == "lora" and not args.base:
+        raise envs.EnvError("--train lora adapts a policy that can already do something: give --base")
     run_name = f"sft-{args.env_id}-{args.obs_mode}-{args.seed}-{int(time.time())}"
     random.seed(args.seed)
     np.random.seed(args.seed)
@@ -117,9 +135,12 @@ def main(args: Args) -> None:
         config, policies.Tokenizer(), policies.NormStats.from_data(data.state),
         policies.NormStats.from_data(chunks, min_std=0.1), device,
     )  # fmt: skip
+    policy.cast(getattr(torch, args.dtype), trained=None if args.train == "lora" else args.train)
     if args.train == "expert":
         policy.freeze_vlm()
-    policy.train()
+    elif args.train == "lora":
+        policies.add_lora(policy, args.lora_rank, args.lora_alpha)
+    policy.checkpoint_gradients(args.gradient_checkpointing).train()
     instructions = [data.attrs["instruction"]]
     actions = policy.processor.normalize_actions(chunks, data.state)  # (N, H, A)
     state = policy.processor.normalize_state(data.state)  # (N, S)
@@ -147,11 +168,14 @@ def main(args: Args) -> None:
     with tqdm(range(args.steps), desc="SFT") as bar:
         for step in bar:
             rows = torch.randint(len(state), (args.batch_size,))
-            prefix = cache[rows] if args.train == "expert" else encode(rows)
-            targets = actions[rows, None].expand(-1, args.draws, -1, -1)  # (b, draws, H, A)
-            loss = policy.flow_loss(prefix, state[rows], targets)[..., : chunks.shape[-1]].mean()
             optimizer.zero_grad()
-            loss.backward()
+            loss = 0.0
+            for part in rows.split(args.micro_batch or len(rows)):
+                prefix = cache[part] if args.train == "expert" else encode(part)
+                targets = actions[part, None].expand(-1, args.draws, -1, -1)  # (b, draws, H, A)
+                mean = policy.flow_loss(prefix, state[part], targets)[..., : chunks.shape[-1]].mean()
+                (len(part) / len(rows) * mean).backward()
+                loss += len(part) / len(rows) * mean.detach()
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
             schedule.step()

@@ -46,8 +46,9 @@ class Args:
     """rollout + update rounds (authors: 400 LIBERO, 240 ManiSkill)"""
     max_minutes: float = 24.0
     """stop training after so many minutes of this call even if iterations remain (--resume goes on); 0: no limit"""
-    train: Literal["expert", "all"] = "expert"
-    """expert: the VLM is frozen and each prefix is computed once (the authors' choice); all: everything is trained"""
+    train: Literal["expert", "all", "lora"] = "expert"
+    """expert: the VLM is frozen (the authors' choice); all: everything is trained; lora: low-rank additions to both transformers
+    are, see policies/lora.py"""
 
     # rollout
     num_envs: int = 64
@@ -99,6 +100,23 @@ class Args:
     """α at the end of its schedule (authors: 0.995)"""
     ema_horizon: int = 60
     """iterations of α's cosine schedule (authors' files: 1000, for runs of 400)"""
+
+    # memory and speed of large policies (docs/memory.md); none changes what is computed but for rounding
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """precision of frozen weights and of the computation, with the published float32 parts; trained weights are float32"""
+    lora_rank: int = 16
+    """rank of --train lora (openpi: 16 in the language model, 32 in the expert)"""
+    lora_alpha: float = 16.0
+    """its scale: the additions are (alpha / rank)·B·A (openpi: as the rank)"""
+    prefix_cache: Literal["device", "cpu", "off"] | None = None
+    """where a frozen VLM's prefixes wait for the update; off: their inputs wait in host memory and are encoded again in each
+    minibatch. Default: device; off where the VLM is trained"""
+    micro_batch: int = 0
+    """chunks per forward and backward pass, whose gradients add up to the minibatch's; 0: the whole minibatch at once"""
+    gradient_checkpointing: bool = False
+    """keep layer inputs only and compute the rest again in the backward pass"""
+    compile: bool = False
+    """torch.compile for the velocity"""
 
     # evaluation and logging
     eval_every: int = 10
@@ -258,14 +276,14 @@ def update_rollout_policy(rollout_parameters, parameters, decay: float) -> None:
 def check(args: Args) -> None:
     """Raise envs.EnvError, in one line, for arguments that cannot work."""
     for name in ("iterations", "num_envs", "rollout_epochs", "num_steps", "group_size", "update_epochs", "num_minibatches",
-                 "eval_episodes", "final_eval_episodes", "save_every"):  # fmt: skip
+                 "eval_episodes", "final_eval_episodes", "save_every", "lora_rank"):  # fmt: skip
         if getattr(args, name) < 1:
             raise envs.EnvError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     for name in ("execute", "rollout_steps", "eval_every", "warmup_iterations", "max_minutes", "tr_coef", "std_eps", "seed",
-                 "eval_seed", "num_threads"):  # fmt: skip
+                 "eval_seed", "num_threads", "micro_batch"):  # fmt: skip
         if not getattr(args, name) >= 0:
             raise envs.EnvError(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
-    for name in ("noise_level", "learning_rate", "beta", "max_drift", "max_grad_norm"):
+    for name in ("noise_level", "learning_rate", "beta", "max_drift", "max_grad_norm", "lora_alpha"):
         if not getattr(args, name) > 0:
             raise envs.EnvError(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
     for name in ("ema_start", "ema_end"):
@@ -277,6 +295,9 @@ def check(args: Args) -> None:
         raise envs.EnvError(f"--num-envs {args.num_envs} must be a multiple of --group-size {args.group_size}")
     if args.labels == "group" and args.group_size < 2:
         raise envs.EnvError("--labels group compares episodes from one initial state: give --group-size of at least 2")
+    if args.train != "expert" and args.prefix_cache in ("device", "cpu"):
+        raise envs.EnvError(f"--prefix-cache {args.prefix_cache} needs a frozen VLM, --train {args.train} changes it: "
+                            "leave --prefix-cache out, or add --train expert")  # fmt: skip
 
 
 if __name__ == "__main__":
@@ -306,18 +327,26 @@ if __name__ == "__main__":
         torch.set_num_threads(args.num_threads or os.cpu_count())
         device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu"))
 
-        # Policy θ and rollout policy θ_old; they share the frozen VLM
-        policy = policies.load(run / "policy" if args.resume else checkpoint, device)
+        # Policy θ and rollout policy θ_old; they share what is frozen
+        lora = args.train == "lora"
+        source = run / "policy" if args.resume and not lora else checkpoint  # saved policies have their adapters merged
+        policy = policies.load(source, device, getattr(torch, args.dtype), expect="pi0", trained=None if lora else args.train)
         trained_on = policy.meta.get("obs_mode", args.obs_mode)
         if trained_on != args.obs_mode:
             raise envs.EnvError(f"{checkpoint} acts in {trained_on} mode: add --obs-mode {trained_on}, or another --checkpoint")
         if args.train == "expert":
             policy.freeze_vlm()
-        shared = {id(m): m for m in policy.vlm_modules()} if args.train == "expert" else {}
-        rollout_policy = copy.deepcopy(policy, shared)
-        parameters = policy.expert_parameters() if args.train == "expert" else list(policy.parameters())
-        rollout_parameters = rollout_policy.expert_parameters() if args.train == "expert" else list(rollout_policy.parameters())
-        optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, betas=(0.9, 0.95), eps=1e-5)  # the authors' Adam
+        elif lora:
+            policies.add_lora(policy, args.lora_rank, args.lora_alpha)
+        policy.checkpoint_gradients(args.gradient_checkpointing)
+        rollout_policy = copy.deepcopy(policy, {id(p): p for p in policy.parameters() if not p.requires_grad})
+        parameters = [p for p in policy.parameters() if p.requires_grad]
+        rollout_parameters = [p for p in rollout_policy.parameters() if p.requires_grad]
+        fused = device.type == "cuda"  # no temporary copies
+        optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, betas=(0.9, 0.95), eps=1e-5, fused=fused)  # the authors'
+        if args.compile:
+            policy.velocity, rollout_policy.velocity = torch.compile(policy.velocity), torch.compile(rollout_policy.velocity)
+        prefix_cache = args.prefix_cache or ("device" if args.train == "expert" else "off")
         H, A = policy.config.horizon, policy.config.action_dim
         execute = args.execute or policy.meta.get("execute", H)
         if execute > H:
@@ -343,9 +372,11 @@ if __name__ == "__main__":
 
         # Resume
         iteration, env_steps, trained_s, curve = 0, 0, 0.0, []
+        adapters = {"policy": parameters, "rollout_policy": rollout_parameters} if lora else {}  # what checkpoints do not hold
         if args.resume:
-            policies.load_weights(rollout_policy, run / "rollout_policy" / "model.safetensors")
-            progress = policies.load_training(run, optimizer, rng)
+            if not lora:
+                policies.load_weights(rollout_policy, run / "rollout_policy" / "model.safetensors")
+            progress = policies.load_training(run, optimizer, rng, adapters)
             iteration, env_steps, trained_s, curve = (progress[k] for k in ("iteration", "env_steps", "trained_s", "curve"))
         run.mkdir(parents=True, exist_ok=True)
         (run / "args.json").write_text(json.dumps(asdict(args) | {"resume": None}, indent=2))
@@ -377,7 +408,7 @@ if __name__ == "__main__":
             policies.save(policy, run / "policy")
             policies.save(rollout_policy, run / "rollout_policy")
             progress = dict(iteration=iteration, env_steps=env_steps, trained_s=trained_s, curve=curve)
-            policies.save_training(run, optimizer, rng, progress)
+            policies.save_training(run, optimizer, rng, progress, adapters)
             plot_curve(curve, run / "curve.png", f"{args.env_id} ({args.obs_mode}), seed {args.seed}")
 
         if not curve:
@@ -390,6 +421,7 @@ if __name__ == "__main__":
             # ------------------------------------------------------------------ rollout: explore with θ_old, remember transitions
             began = time.time()
             chunks, success, lost, group = [], [], [], []
+            stored = policies.Rows(device if prefix_cache == "device" else "cpu")  # each chunk's prefix, or what it is made of
             rollout_policy.eval()
             with torch.inference_mode():
                 for epoch in range(args.rollout_epochs):
@@ -404,8 +436,8 @@ if __name__ == "__main__":
                         )
                         prefix = rollout_policy.encode_prefix(images, image_mask, tokens, token_mask)
                         xs, vs = flow_sde_sample(rollout_policy, prefix, state, num_steps=K, noise_level=args.noise_level)
-                        kept = prefix if args.train == "expert" else (images, image_mask, tokens, token_mask)
-                        chunks.append((kept, state, xs, vs, epoch * args.num_envs + index, np.full(len(index), position)))
+                        stored.append(policies.Inputs(images, image_mask, tokens, token_mask) if prefix_cache == "off" else prefix)
+                        chunks.append((state, xs, vs, epoch * args.num_envs + index, np.full(len(index), position)))
                         position += 1
                         actions = np.zeros((args.num_envs, execute, venv.action_dim), np.float32)
                         chunk = policy.processor.unnormalize_actions(xs[:, -1, :execute], obs["state"][index])
@@ -417,21 +449,17 @@ if __name__ == "__main__":
                     success.append(info["success"])
                     lost.append(gone)
                     group.append(epoch * args.num_envs + np.arange(args.num_envs) // args.group_size)
-            rollout_s = time.time() - began
+            rollout_s, rollout_gb = time.time() - began, policies.memory_gb(device)
 
             # ------------------------------------------------------------------ labels
             success, lost, group = np.concatenate(success), np.concatenate(lost), np.concatenate(group)
-            episode, position = (np.concatenate([c[i] for c in chunks]) for i in (4, 5))  # (M,) of each chunk
+            episode, position = (np.concatenate([c[i] for c in chunks]) for i in (3, 4))  # (M,) of each chunk
             group[lost] = -1 - np.flatnonzero(lost)  # nobody is compared with a lost episode
             labels, keep = chunk_labels(success, group, episode, position, args.labels)
             keep &= ~lost[episode]
             used = torch.from_numpy(np.flatnonzero(keep)).to(device)
             b_labels = torch.from_numpy(labels).float().to(device)[used]
-            b_state, b_x, b_v = (torch.cat([c[i] for c in chunks]).clone()[used] for i in (1, 2, 3))  # (M, K(+1), H, A)
-            if args.train == "expert":
-                b_prefix = policies.Prefix.cat([c[0] for c in chunks])[used]
-            else:
-                b_inputs = [torch.cat(column)[used] for column in zip(*(c[0] for c in chunks), strict=True)]
+            b_state, b_x, b_v = (torch.cat([c[i] for c in chunks]).clone()[used] for i in (0, 1, 2))  # (M, K(+1), H, A)
             M = len(used)
             b_step = torch.arange(K, device=device).expand(M, K)  # (M, transitions per chunk)
             if args.transitions == "random":
@@ -444,27 +472,32 @@ if __name__ == "__main__":
             for param_group in optimizer.param_groups:
                 param_group["lr"] = args.learning_rate * min(1.0, (iteration + 1) / max(1, args.warmup_iterations))
             for _ in range(args.update_epochs if M else 0):  # nothing to learn from where no group has contrast
-                for mb in torch.randperm(M, device=device).chunk(args.num_minibatches):
-                    prefix = b_prefix[mb] if args.train == "expert" else policy.encode_prefix(*(x[mb] for x in b_inputs))
-                    step, row = b_step[mb], mb[:, None]  # (b, n): n transitions per chunk, which share its prefix
-                    x_t, x_next, v_old = b_x[row, step], b_x[row, step + 1], b_v[row, step]  # (b, n, H, A)
-                    v_theta = policy.velocity(prefix, b_state[mb], x_t, 1 - step / K).float()
-                    transitions = (v_theta, v_old, x_t, x_next, step, b_labels[row].expand_as(step))
-                    loss, metrics = stepnft_loss(
-                        *(x.flatten(0, 1) for x in transitions), num_steps=K, noise_level=args.noise_level, beta=args.beta,
-                        max_drift=args.max_drift, tr_coef=args.tr_coef, std_eps=args.std_eps, granularity=args.granularity,
-                        mask=mask,
-                    )  # fmt: skip
+                for minibatch in torch.randperm(M, device=device).chunk(args.num_minibatches):
                     optimizer.zero_grad()
-                    loss.backward()
+                    for mb in minibatch.split(args.micro_batch or M):  # the loss is a mean over chunks, so are the gradients
+                        share = len(mb) / len(minibatch)
+                        prefix = stored[used[mb]].to(device)
+                        if prefix_cache == "off":
+                            prefix = policy.encode_prefix(*prefix)
+                        step, row = b_step[mb], mb[:, None]  # (b, n): n transitions per chunk, which share its prefix
+                        x_t, x_next, v_old = b_x[row, step], b_x[row, step + 1], b_v[row, step]  # (b, n, H, A)
+                        v_theta = policy.velocity(prefix, b_state[mb], x_t, 1 - step / K).float()
+                        transitions = (v_theta, v_old, x_t, x_next, step, b_labels[row].expand_as(step))
+                        loss, metrics = stepnft_loss(
+                            *(x.flatten(0, 1) for x in transitions), num_steps=K, noise_level=args.noise_level, beta=args.beta,
+                            max_drift=args.max_drift, tr_coef=args.tr_coef, std_eps=args.std_eps, granularity=args.granularity,
+                            mask=mask,
+                        )  # fmt: skip
+                        (share * loss).backward()
+                        for name, value in {**metrics, "loss": loss.detach()}.items():
+                            sums[name] = sums.get(name, 0.0) + share * value.item()
                     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                     if not torch.isfinite(grad_norm):  # keep the weights that still work
                         raise envs.EnvError(f"the gradient is not finite at iteration {iteration}: lower --learning-rate; "
                                             f"the last checkpoint in {run} is intact")  # fmt: skip
                     optimizer.step()
                     updates += 1
-                    for name, value in {**metrics, "loss": loss.detach(), "grad_norm": grad_norm}.items():
-                        sums[name] = sums.get(name, 0.0) + value.item()
+                    sums["grad_norm"] = sums.get("grad_norm", 0.0) + grad_norm.item()
 
             # ------------------------------------------------------------------ update θ_old
             alpha = ema_decay(iteration, args.ema_start, args.ema_end, args.ema_horizon)
@@ -478,6 +511,7 @@ if __name__ == "__main__":
             for name, value in {
                 "charts/rollout_success": success[~lost].mean(), "charts/SPS": steps_per_s, "charts/env_steps": env_steps,
                 "charts/rollout_s": rollout_s, "charts/update_s": time.time() - began - rollout_s, "charts/signal": keep.mean(),
+                "charts/memory_rollout_gb": rollout_gb, "charts/memory_update_gb": policies.memory_gb(device),
                 "charts/label_mean": b_labels.mean().item() if M else 0.0, "charts/ema_decay": alpha,
                 "charts/learning_rate": optimizer.param_groups[0]["lr"],
                 **{f"losses/{name}": value / max(1, updates) for name, value in sums.items()},

@@ -7,12 +7,14 @@ actions = policy.processor.unnormalize_actions(policy.sample(prefix, state))
 
 from policies.checkpoint import bundled, load, load_training, save, save_training
 from policies.export import export
-from policies.pi0 import Pi0, Pi0Config, Prefix
+from policies.lora import add_lora
+from policies.memory import Rows, memory_gb
+from policies.pi0 import Inputs, Pi0, Pi0Config, Prefix
 from policies.pi05 import Pi05, Pi05Config
 from policies.processor import NormStats, Processor, Tokenizer
 from policies.weights import CheckpointError, load_weights, read_json
 
 __all__ = [
-    "CheckpointError", "NormStats", "Pi0", "Pi05", "Pi05Config", "Pi0Config", "Prefix", "Processor", "Tokenizer", "bundled",
-    "export", "load", "load_training", "load_weights", "read_json", "save", "save_training",
+    "CheckpointError", "Inputs", "NormStats", "Pi0", "Pi05", "Pi05Config", "Pi0Config", "Prefix", "Processor", "Rows", "Tokenizer",
+    "add_lora", "bundled", "export", "load", "load_training", "load_weights", "memory_gb", "read_json", "save", "save_training",
 ]  # fmt: skip

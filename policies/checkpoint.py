@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from policies import layouts
+from policies import layouts, lora
 from policies.pi0 import Pi0, Pi0Config
 from policies.pi05 import Pi05, Pi05Config
 from policies.processor import NormStats, Processor, Tokenizer
@@ -93,7 +93,7 @@ def save(policy: Pi0, folder: str | Path, dtype: str | None = None) -> None:
 
 
 def published_tensors(policy: Pi0, dtype: str | None, folder: Path) -> dict[str, Tensor]:
-    """The policy's weights under their published names, on the CPU, in `dtype` or as they are held.
+    """The policy's weights under their published names, on the CPU, in `dtype` or as they are held, adapters merged.
 
     Raises CheckpointError on an unknown dtype, or if a weight is NaN or infinite (or becomes so in `dtype`).
     """
@@ -102,8 +102,8 @@ def published_tensors(policy: Pi0, dtype: str | None, folder: Path) -> dict[str,
             f"dtype is {dtype!r}; expected one of {', '.join(SAVE_DTYPES)}, or None to keep the weights' own"
         )
     tensors = {}
-    for name, tensor in policy.state_dict().items():
-        tensor = tensor.detach().cpu()
+    for name, tensor in lora.merged(policy):
+        tensor = tensor.cpu()
         tensor = tensor.to(SAVE_DTYPES[dtype]) if dtype else tensor
         tensors[published_name(name)] = tensor.contiguous()
     if broken := sorted(name for name, tensor in tensors.items() if not is_finite(tensor)):
@@ -145,6 +145,7 @@ def load(
     dtype: torch.dtype = torch.float32,
     tokenizer: str | Path | None = None,
     *,
+    trained: str | None = None,
     expect: str | None = None,
     asset_id: str | None = None,
     norm_stats: str | Path | None = None,
@@ -157,6 +158,7 @@ def load(
     layout; a hub id (org/name); or the name of a checkpoint that ships with the project. The layout is recognised.
     dtype: precision of the transformers (see Pi0.cast); tensors are cast one by one on the way.
     tokenizer: a sentencepiece file, a tokenizer.json, or a folder or hub id with one; needed where the checkpoint has none.
+    trained: "expert" or "all" of the weights stay float32 whatever `dtype`, to be trained (see Pi0.cast).
     expect: "pi0" or "pi05" refuses the other.
     asset_id: which statistics of several, as in `assets/<asset_id>/norm_stats.json`.
     norm_stats: another norm_stats.json to use instead, or "identity" for none: what a base checkpoint needs before its
@@ -199,7 +201,7 @@ def load(
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{folder}: {error}") from None
     with torch.device("meta"):
-        policy = model(config).cast(dtype)
+        policy = model(config).cast(dtype, trained)
     policy.processor, policy.meta = processor, described.meta
     load_weights(policy, weights, device)
     if config.num_cameras:  # the one buffer that no checkpoint holds
@@ -248,16 +250,25 @@ def read_config(folder: Path) -> layouts.Description:
 # -------------------------------------------------------------------- progress of a training run
 
 
-def save_training(folder: str | Path, optimizer: torch.optim.Optimizer, rng: np.random.Generator, progress: dict) -> None:
+def save_training(
+    folder: str | Path,
+    optimizer: torch.optim.Optimizer,
+    rng: np.random.Generator,
+    progress: dict,
+    trained: dict[str, list[Tensor]] | None = None,
+) -> None:
     """Write what a run needs to go on, besides its policies: `training.safetensors` and `training.json`.
 
-    Holds the optimizer's tensors, torch's and Python's and `rng`'s states, and `progress`, a dictionary of plain JSON values.
+    Holds the optimizer's tensors, torch's and `rng`'s states, `progress`, a dictionary of plain JSON values, and `trained`, named
+    lists of tensors that no checkpoint holds: a LoRA run's adapters, which its policies have merged into their weights.
     Both files are written beside their targets first and then renamed. Raises CheckpointError if that fails.
     """
     folder = Path(folder)
     tensors = {"torch_rng": torch.get_rng_state()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value.detach().cpu().contiguous() for name, value in state.items()}
+    for name, values in (trained or {}).items():
+        tensors |= {f"trained.{name}.{index}": value.detach().cpu().contiguous() for index, value in enumerate(values)}
     text = json.dumps({"numpy_rng": rng.bit_generator.state, "progress": progress}, indent=2)
     temporary = folder / ".training.safetensors.tmp", folder / ".training.json.tmp"
     try:
@@ -269,8 +280,13 @@ def save_training(folder: str | Path, optimizer: torch.optim.Optimizer, rng: np.
         raise CheckpointError(f"training state not saved to {folder}: {error}; an older one there is unchanged") from None
 
 
-def load_training(folder: str | Path, optimizer: torch.optim.Optimizer, rng: np.random.Generator) -> dict:
-    """Restore what `save_training` wrote into `optimizer`, `rng` and torch's generator; returns `progress`.
+def load_training(
+    folder: str | Path,
+    optimizer: torch.optim.Optimizer,
+    rng: np.random.Generator,
+    trained: dict[str, list[Tensor]] | None = None,
+) -> dict:
+    """Restore what `save_training` wrote into `optimizer`, `rng`, torch's generator and `trained`; returns `progress`.
 
     Raises CheckpointError if a file is missing or does not fit the optimizer.
     """
@@ -279,6 +295,12 @@ def load_training(folder: str | Path, optimizer: torch.optim.Optimizer, rng: np.
     try:
         tensors = load_file(folder / "training.safetensors")
         torch.set_rng_state(tensors.pop("torch_rng"))
+        for name, targets in (trained or {}).items():
+            for index, target in enumerate(targets):
+                stored_value = tensors.pop(f"trained.{name}.{index}")
+                if stored_value.shape != target.shape:
+                    raise ValueError(f"{name} {index} has shape {tuple(stored_value.shape)} instead of {tuple(target.shape)}")
+                target.data.copy_(stored_value)
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             _, index, name = key.split(".")

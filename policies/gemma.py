@@ -9,6 +9,17 @@ attends to it. π0.5's expert uses the adaptive block, whose norms are scaled, s
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class Linear(nn.Linear):
+    """A linear layer that computes in its input's precision, whatever its weight's.
+
+    So a trained weight can be float32, where no small step of the optimizer is rounded away, beside frozen ones in bfloat16.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 class RMSNorm(nn.Module):
@@ -86,10 +97,10 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, kv_heads: int, head_dim: int):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
-        self.q_proj = nn.Linear(width, heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(width, kv_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(width, kv_heads * head_dim, bias=False)
-        self.o_proj = nn.Linear(heads * head_dim, width, bias=False)
+        self.q_proj = Linear(width, heads * head_dim, bias=False)
+        self.k_proj = Linear(width, kv_heads * head_dim, bias=False)
+        self.v_proj = Linear(width, kv_heads * head_dim, bias=False)
+        self.o_proj = Linear(heads * head_dim, width, bias=False)
 
     def keys_values(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Rotated keys and values, each (B, T, kv_heads * D), of normed tokens x (B, T, width)."""
@@ -122,9 +133,9 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
-        self.gate_proj = nn.Linear(width, hidden, bias=False)
-        self.up_proj = nn.Linear(width, hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, width, bias=False)
+        self.gate_proj = Linear(width, hidden, bias=False)
+        self.up_proj = Linear(width, hidden, bias=False)
+        self.down_proj = Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
@@ -190,9 +201,14 @@ class AdaptiveBlock(Block):
 class Gemma(nn.Module):
     """A stack of blocks with its final norm; with a vocabulary also the token embedding.
 
-    With a condition width the blocks and the final norm are adaptive. The caller drives the layers, because a prefix pass
-    and a suffix pass read them differently.
+    With a condition width the blocks and the final norm are adaptive. The caller drives the layers through `run`, because a
+    prefix pass and a suffix pass read them differently.
     """
+
+    compute_dtype: torch.dtype | None = None
+    """precision of the matrix products where it is not the weights' (see Pi0.cast)"""
+    checkpointing: bool = False
+    """compute what is inside a layer again in the backward pass instead of keeping it"""
 
     def __init__(
         self,
@@ -226,7 +242,13 @@ class Gemma(nn.Module):
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(parameter, std=(parameter.shape[1] * (2 * len(self.layers) if residual else 1)) ** -0.5)
 
+    def run(self, layer: Block, *inputs):
+        """layer(*inputs); with `checkpointing` only the inputs are kept for the backward pass."""
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing in a layer is random
+        return layer(*inputs)
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the matrix products; norms may stay float32."""
-        return self.layers[0].self_attn.q_proj.weight.dtype
+        return self.compute_dtype or self.layers[0].self_attn.q_proj.weight.dtype

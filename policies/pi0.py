@@ -14,15 +14,18 @@ Time runs from t = 1 (noise) to t = 0 (action): x_t = t * noise + (1 - t) * acti
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import SiglipVisionConfig, SiglipVisionModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
 
-from policies.gemma import AdaRMSNorm, Gemma, RMSNorm, additive_mask, rotary
+from policies.gemma import AdaRMSNorm, Gemma, Linear, RMSNorm, additive_mask, rotary
 
 
 @dataclass(frozen=True)
@@ -191,6 +194,39 @@ class Prefix:
         )
 
 
+@dataclass
+class Inputs:
+    """What `encode_prefix` takes, for B observations; unpacks to its arguments. Stored where prefixes are too large to keep."""
+
+    images: Tensor
+    """(B, N, 3, H, W)"""
+    image_mask: Tensor
+    """(B, N) bool"""
+    tokens: Tensor
+    """(B, L) int64"""
+    token_mask: Tensor
+    """(B, L) bool"""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __iter__(self):
+        return iter((self.images, self.image_mask, self.tokens, self.token_mask))
+
+    def __getitem__(self, index) -> "Inputs":
+        """Select observations by slice, index tensor (B',) or boolean mask (B,)."""
+        return Inputs(*(tensor[index] for tensor in self))
+
+    @staticmethod
+    def cat(inputs: "Iterable[Inputs]") -> "Inputs":
+        """Join inputs along the batch."""
+        return Inputs(*(torch.cat(column) for column in zip(*inputs)))
+
+    def to(self, device: torch.device | str | None = None) -> "Inputs":
+        """Move to a device."""
+        return Inputs(*(tensor.to(device=device) for tensor in self))
+
+
 class Pi0(nn.Module):
     """π0 with B the batch, N cameras, L text tokens, H the horizon, A and S the padded action and state widths.
 
@@ -212,10 +248,12 @@ class Pi0(nn.Module):
                 hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6, vision_use_head=False, attn_implementation="sdpa",
             )  # fmt: skip
             self.vision_tower = SiglipVisionModel(vision)
+            for module in self.vision_tower.modules():  # the same layers, computing in their input's precision
+                module.__class__ = {nn.Linear: Linear, nn.LayerNorm: LayerNorm}.get(type(module), type(module))
             embeddings = self.vision_embeddings()
             embeddings.output_dtype = torch.float32
             embeddings.register_forward_hook(cast_output)
-            self.multi_modal_projector = nn.ModuleDict({"linear": nn.Linear(c.vision_width, c.vlm_width)})
+            self.multi_modal_projector = nn.ModuleDict({"linear": Linear(c.vision_width, c.vlm_width)})
         self.language_model = Gemma(
             c.vlm_width, c.vlm_depth, c.vlm_mlp, c.heads, c.kv_heads, c.head_dim, vocab_size=c.vocab_size
         )
@@ -264,7 +302,7 @@ class Pi0(nn.Module):
         attend = additive_mask(valid, x.dtype)[:, None, None, :]  # (B, 1, 1, U): every query sees every valid key
         keys, values = [], []
         for layer in self.language_model.layers[:-1]:
-            x, k, v = layer(x, rope, attend)
+            x, k, v = self.language_model.run(layer, x, rope, attend)
             keys.append(k)
             values.append(v)
         # Of the last layer the expert reads only keys and values: its attention and feed-forward parts, and the final
@@ -287,14 +325,15 @@ class Pi0(nn.Module):
             raise ValueError(
                 f"images: got {given}; expected (batch, cameras, 3, height, width) = (B, {str(expected)[1:]}"
             )
-        projector = self.multi_modal_projector["linear"]
-        features = projector.weight.new_zeros(images.shape[0] * c.num_cameras, c.tokens_per_image, c.vlm_width)
-        present = torch.arange(len(features), device=images.device)
+        present = torch.arange(images.shape[0] * c.num_cameras, device=images.device)
+        shape = (len(present), c.tokens_per_image, c.vlm_width)
+        features = torch.zeros(shape, dtype=self.language_model.dtype, device=images.device)
         if image_mask is not None:
             present = present[image_mask.flatten().bool()]
         if len(present):
             seen = self.vision_tower(images.flatten(0, 1)[present]).last_hidden_state  # (present, tokens, vision_width)
-            features = features.index_copy(0, present, projector(seen.to(projector.weight.dtype)))
+            seen = self.multi_modal_projector["linear"](seen).to(features.dtype)
+            features = features.index_copy(0, present, seen)
         return features.unflatten(0, (-1, c.num_cameras)).flatten(1, 2)
 
     # ---------------------------------------------------------------- suffix
@@ -314,7 +353,7 @@ class Pi0(nn.Module):
         x = self.embed_suffix(state, x_t, t).to(self.expert.dtype)  # (B, T, W): one state token, then n times H actions
         rope, attend, past = self.suffix_attention(prefix, x.shape[1], state_tokens=1)
         for layer, keys_values in zip(self.expert.layers, past):
-            x, _, _ = layer(x, rope, attend, keys_values)
+            x, _, _ = self.expert.run(layer, x, rope, attend, keys_values)
         return self.expert.norm(x[:, 1:]).to(self.action_out_proj.weight.dtype).view(*x_t.shape[:-1], -1)
 
     def suffix_attention(
@@ -434,21 +473,47 @@ class Pi0(nn.Module):
                 module.eval()
         return self
 
-    def cast(self, dtype: torch.dtype) -> "Pi0":
+    def checkpoint_gradients(self, enabled: bool = True) -> "Pi0":
+        """Keep only the inputs of each transformer layer for the backward pass, which computes the rest again.
+
+        Same gradients, a third more time, a fraction of the memory (docs/memory.md).
+        """
+        self.language_model.checkpointing = self.expert.checkpointing = enabled
+        if self.config.num_cameras:
+            for module in self.vision_tower.modules():  # transformers' layers do this themselves, in training mode
+                if isinstance(module, GradientCheckpointingLayer):
+                    module.gradient_checkpointing = enabled
+                    module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        return self
+
+    def cast(self, dtype: torch.dtype, trained: str | None = None) -> "Pi0":
         """Set the precision of the transformers in place; what is sensitive to it stays float32.
 
         As in the published code, that is the Gemma norms, the SigLIP patch and position embeddings, and the expert's
         state, action and time projections. Use this rather than `.to(dtype)`, which would convert them too.
+
+        trained: "expert" or "all" of the weights are to be trained and stay float32, so that an optimizer's steps, far smaller
+        than bfloat16 resolves, are not lost; each is rounded to `dtype` where it is used, and the computation is the same.
         """
         low = {id(p) for module in [*self.vlm_modules(), self.expert] for p in module.parameters()}
         for module in self.modules():
             if isinstance(module, RMSNorm | AdaRMSNorm | SiglipVisionEmbeddings):
                 low -= {id(p) for p in module.parameters()}
+        if trained is not None:
+            low -= {id(p) for p in (self.expert_parameters() if trained == "expert" else self.parameters())}
         for parameter in self.parameters():  # one by one: no island is rounded on the way, no second copy of all is made
             parameter.data = parameter.data.to(dtype if id(parameter) in low else torch.float32)
+        self.language_model.compute_dtype = self.expert.compute_dtype = None if trained is None else dtype
         if self.config.num_cameras:
             self.vision_embeddings().output_dtype = dtype
         return self
+
+
+class LayerNorm(nn.LayerNorm):
+    """A layer norm that computes in its input's precision, whatever its weight's (see policies.gemma.Linear)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 def cast_output(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:

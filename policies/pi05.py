@@ -63,7 +63,7 @@ class Pi05(Pi0):
         cond = self.condition(t).view(B, n, 1, -1)
         rope, attend, past = self.suffix_attention(prefix, n * H, state_tokens=0)
         for layer, keys_values in zip(self.expert.layers, past):
-            x = layer(x, rope, attend, keys_values, cond)
+            x = self.expert.run(layer, x, rope, attend, keys_values, cond)
         x, _ = self.expert.norm(x, cond)  # what follows is no residual branch: its gate has no use
         return x.to(self.action_out_proj.weight.dtype).view(*x_t.shape[:-1], -1)
 
