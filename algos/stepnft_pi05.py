@@ -73,7 +73,7 @@ class Args:
 
     # update
     update_epochs: int = 1
-    """passes over each iteration's chunks; more fit the noise of a small batch (authors, with larger ones: π0.5 1 on LIBERO, 5 on ManiSkill)"""
+    """passes over each iteration's chunks; more fit the noise of a small batch (authors, with larger ones: π0.5 1, ManiSkill 5)"""
     num_minibatches: int = 8
     """minibatches per epoch: few and large, as Adam's full-size steps amplify gradient noise"""
     learning_rate: float = 1e-4
@@ -388,7 +388,7 @@ if __name__ == "__main__":
         writer = SummaryWriter(str(run))
         writer.add_text("hyperparameters", json.dumps(asdict(args), indent=2))
 
-        def success_rate(which: policies.Pi055, episodes: int, label: str):
+        def success_rate(which: policies.Pi05, episodes: int, label: str):
             """Success by the ODE on held-out seeds, the same ones and the same noise every time."""
             which.eval()
             generator = torch.Generator(device).manual_seed(0)

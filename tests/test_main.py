@@ -381,5 +381,5 @@ def test_pi05_learns_to_read_and_then_from_demonstrations(tmp_path):
     assert not same(policy.state_dict(), weights(trained / "policy"))
     for algorithm in ("stepnft_pi0", "sft_pi0"):
         option = "--checkpoint" if algorithm == "stepnft_pi0" else "--base"
-        named = refusal(algorithm, "--obs-mode", "state", option, "out", cwd=tmp_path)
+        named = refusal(algorithm, "--obs-mode", "state", option, tmp_path / "out", cwd=trained)
         assert "holds a pi05 policy; expected pi0" in named
