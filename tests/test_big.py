@@ -210,7 +210,7 @@ def test_rows_are_those_of_the_joined_batches():
         assert torch.equal(one.mask, other.mask) and torch.equal(one.n_valid, other.n_valid)
         assert all(torch.equal(a, b) for a, b in zip(of_inputs[rows], whole[rows]))
         again = policy.encode_prefix(*of_inputs[rows])  # --prefix-cache off
-        torch.testing.assert_close(again.keys, other.keys, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(again.keys[:, other.mask], other.keys[:, other.mask], rtol=1e-4, atol=1e-4)
 
 
 # -------------------------------------------------------------------------------------------------------------- micro-batches
@@ -239,7 +239,7 @@ def test_gradients_of_micro_batches_add_up(train):
             loss, _ = nft.stepnft_loss(*(x.flatten(0, 1) for x in transitions), num_steps=K, noise_level=0.7, mask=mask)
             (len(mb) / 8 * loss).backward()
         found.append({name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None})
-    assert_close(*found)
+    assert_close(*found, tolerance=1e-5)  # pieces leave out other padding, and sum in another order
 
 
 # -------------------------------------------------------------------------------------------------------------- the rest
