@@ -20,9 +20,7 @@ import numpy as np
 import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
-from envs.evaluation import wilson  # noqa: E402 (run as a file, without an installation)
 
 RESULTS = ROOT / "benchmarks" / "results"
 
