@@ -20,8 +20,6 @@ import numpy as np
 import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
 RESULTS = ROOT / "benchmarks" / "results"
 
 
