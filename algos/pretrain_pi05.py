@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, without an installation
@@ -89,7 +89,7 @@ def main(args: Args) -> None:
     config = policies.Pi05Config.tiny(
         image_size=args.image_size, patch_size=args.patch_size, num_cameras=data.image.shape[1] if rgb else 0, state_dim=state_dim
     )  # fmt: skip
-    config = policies.Pi05Config.from_dict({**config.to_dict(), "horizon": math.ceil(count / config.action_dim)})
+    config = replace(config, horizon=math.ceil(count / config.action_dim))
     policy = policies.Pi05(config)
     policy.processor = policies.Processor(
         config, policies.Tokenizer(), policies.NormStats.identity(state_dim), policies.NormStats.identity(config.action_dim)

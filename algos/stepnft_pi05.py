@@ -314,8 +314,9 @@ if __name__ == "__main__":
         checkpoint = args.checkpoint or f"pi05-tiny-{args.env_id.split('-')[0].lower()}-{args.obs_mode}"
         if not args.checkpoint and checkpoint not in policies.bundled():
             raise envs.EnvError(
-                f"no bundled checkpoint for {args.env_id} in {args.obs_mode} mode; make one with: python algos/sft_pi05.py "
-                f"--env-id {args.env_id} --obs-mode {args.obs_mode} --output runs/sft, then add --checkpoint runs/sft"
+                f"no bundled checkpoint for {args.env_id} in {args.obs_mode} mode; make one with: python algos/pretrain_pi05.py "
+                f"--env-id {args.env_id} --obs-mode {args.obs_mode}, then python algos/sft_pi05.py --env-id {args.env_id} "
+                f"--obs-mode {args.obs_mode} --base runs/pretrained-pi05 --output runs/sft, then add --checkpoint runs/sft"
             )
         run = Path(args.resume or f"runs/stepnft-pi05-{args.env_id}-{args.obs_mode}-{args.seed}-{int(time.time())}")
 
