@@ -313,6 +313,7 @@ if __name__ == "__main__":
         check(args)
         checkpoint = args.checkpoint or f"pi0-tiny-{args.env_id.split('-')[0].lower()}-{args.obs_mode}"
         if not args.checkpoint and checkpoint not in policies.bundled():
+            envs.check(args.env_id)
             raise envs.EnvError(
                 f"no bundled checkpoint for {args.env_id} in {args.obs_mode} mode; make one with: python algos/sft_pi0.py "
                 f"--env-id {args.env_id} --obs-mode {args.obs_mode} --output runs/sft, then add --checkpoint runs/sft"

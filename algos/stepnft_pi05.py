@@ -313,6 +313,7 @@ if __name__ == "__main__":
         check(args)
         checkpoint = args.checkpoint or f"pi05-tiny-{args.env_id.split('-')[0].lower()}-{args.obs_mode}"
         if not args.checkpoint and checkpoint not in policies.bundled():
+            envs.check(args.env_id)
             raise envs.EnvError(
                 f"no bundled checkpoint for {args.env_id} in {args.obs_mode} mode; make one with: python algos/pretrain_pi05.py "
                 f"--env-id {args.env_id} --obs-mode {args.obs_mode}, then python algos/sft_pi05.py --env-id {args.env_id} "

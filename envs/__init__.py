@@ -7,7 +7,7 @@ from typing import Any
 
 from envs.spec import EnvError, EnvSpec
 
-__all__ = ["EVAL_SEED", "TRAIN_SEEDS", "TUNING_SEED", "EnvError", "EnvSpec", "make"]
+__all__ = ["EVAL_SEED", "TRAIN_SEEDS", "TUNING_SEED", "EnvError", "EnvSpec", "check", "make"]
 
 TRAIN_SEEDS = 500_000_000
 """Training episodes use seeds below this, demonstrations those from here to TUNING_SEED."""
@@ -15,6 +15,13 @@ TUNING_SEED = 1_000_000_000
 """Evaluations by which settings are chosen use seeds from here on (`--eval-seed`), so that results are not picked by chance."""
 EVAL_SEED = 1_100_000_000
 """Reported evaluations use seeds from here on: no initial state is shared with training, demonstrations or tuning."""
+
+
+def check(env_id: str) -> None:
+    """Raise EnvError, in one line, for a task that does not exist, needs a download, or lacks its driver; creates nothing."""
+    from envs import maniskill
+
+    maniskill.check(env_id)
 
 
 def make(
@@ -58,7 +65,7 @@ def make(
         spec = EnvSpec(env_id, obs_mode=obs_mode, **spec)
     except TypeError as error:
         raise EnvError(f"unknown environment option: {error}") from None
-    maniskill.check(env_id)
+    check(env_id)
     import torch
 
     if backend == "cuda" or (backend == "auto" and torch.cuda.is_available()):

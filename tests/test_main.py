@@ -170,6 +170,11 @@ def refusal(script: str, *arguments, cwd: Path) -> str:
     return message
 
 
+def test_a_task_that_does_not_exist_is_not_sent_to_sft(tmp_path):
+    assert "unknown environment id 'PickCub-v1'" in refusal("stepnft_pi0", "--env-id", "PickCub-v1", cwd=tmp_path)
+    assert "no bundled checkpoint for PokeCube-v1" in refusal("stepnft_pi0", "--env-id", "PokeCube-v1", cwd=tmp_path)
+
+
 def test_a_task_that_needs_a_download(checkpoints, tmp_path):
     message = refusal(
         "stepnft_pi0", "--env-id", "PickSingleYCB-v1", "--obs-mode", "state", "--checkpoint", checkpoints["state"], cwd=tmp_path
