@@ -1,0 +1,491 @@
+"""Algorithms side by side: runs what is missing, then writes tables, pictures and commands to docs/comparison.md.
+
+    python benchmarks/compare.py --algos stepnft_pi0 ppo_pi0 --tasks PickCube-v1 --obs-mode state --seeds 1 2 3
+    python benchmarks/compare.py --ablations loss-wmse target-x0 --seeds 1 2 3     # or all of them: --ablations
+    python benchmarks/compare.py --tuning --algos ppo_pi0 grpo_pi0 --seeds 1       # the TRIALS of each, on tuning episodes
+    python benchmarks/compare.py                                                   # only the report, from what is there
+
+A run is a process of its own and leaves benchmarks/results/<label>-<task>-<mode>-<seed>.json (those of --tuning in results/tuning),
+with its command, versions, arguments and curve. A run whose file is there is not repeated, an interrupted one is gone on with, and
+a failed one does not stop the others. Their output is in runs/compare/. --dry-run says what would be done.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, without an installation
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+import envs
+
+ROOT = Path(__file__).resolve().parents[1]
+
+ABLATIONS = {
+    f"stepnft-{name}": ("stepnft_pi0", extra)
+    for name, extra in {
+        # the paper's (Tables and figures of its ablation study), each one change to the defaults of the file
+        "target-mean": "--target mean",
+        "target-x0": "--target x0",
+        "target-x0-ema-start-0.9": "--target x0 --ema-start 0.9",
+        "loss-wmse": "--loss wmse",
+        "loss-positive": "--loss positive",
+        "loss-negative": "--loss negative",
+        "noise-0.05": "--noise-level 0.05",
+        "noise-0.1": "--noise-level 0.1",
+        "noise-0.2": "--noise-level 0.2",
+        "noise-0.3": "--noise-level 0.3",
+        "noise-0.5": "--noise-level 0.5",
+        "beta-0.1": "--beta 0.1",
+        "beta-0.5": "--beta 0.5",
+        "beta-2": "--beta 2",
+        "beta-5": "--beta 5",
+        "ema-start-0.9": "--ema-start 0.9",
+        "transitions-random": "--transitions random",
+        **{f"transitions-{step}": f"--transitions {step}" for step in range(4)},
+        # what the paper does not vary
+        "sampler-ode-target-x0": "--sampler ode --target x0",
+        "noise-0.7-to-0.2": "--noise-end 0.2",
+        "labels-binary": "--labels binary",
+        "labels-gae": "--labels gae",
+        "max-drift-0.1": "--max-drift 0.1",
+        "max-drift-2": "--max-drift 2",
+        "ema-end-0.9": "--ema-end 0.9",
+        "ema-horizon-1000": "--ema-end 0.995 --ema-horizon 1000",
+    }.items()
+}
+"""Label → algorithm and the arguments that are added to its plain command."""
+
+TRIALS = {
+    f"lr{rate}-epochs{epochs}": f"--learning-rate {rate} --update-epochs {epochs}"
+    for rate, epochs in itertools.product(("3e-5", "1e-4"), (1, 4))
+}
+"""The trials of --tuning, the same for every algorithm."""
+
+EQUAL = ("checkpoint", "iterations", "max_minutes", "num_envs", "rollout_epochs", "rollout_steps", "execute", "eval_every",
+         "eval_episodes", "final_eval_episodes", "eval_seed")  # fmt: skip
+"""Arguments that have to be the same for a comparison on equal terms; the report names those that are not."""
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's, told apart by everyone
+BEGIN, END = "<!-- results: written by benchmarks/compare.py -->", "<!-- end of results -->"
+
+
+@dataclass
+class Args:
+    algos: list[str] = field(default_factory=list)
+    """algorithm files to run, without .py: stepnft_pi0 ppo_pi0 …"""
+    tasks: list[str] = field(default_factory=lambda: ["PickCube-v1"])
+    """tasks to run them on"""
+    obs_mode: str = "state"
+    """rgb or state"""
+    seeds: list[int] = field(default_factory=lambda: [1])
+    """seeds; everything is run with the first one, then with the next"""
+    ablations: list[str] | None = None
+    """run these of StepNFT's ABLATIONS (listed in this file); without a name: all of them"""
+    tuning: bool = False
+    """run the TRIALS (listed in this file) of each algorithm on the tuning episodes"""
+    extra: str = ""
+    """further arguments for every run, in one string, e.g. --extra="--max-minutes 10" """
+    dry_run: bool = False
+    """print which runs are there, interrupted or missing, and their commands; run nothing"""
+
+
+class RunError(Exception):
+    """A run that left no result."""
+
+
+# ---------------------------------------------------------------------------------------------------------------- the runs
+
+
+@dataclass(frozen=True)
+class Job:
+    label: str
+    algorithm: str
+    env_id: str
+    obs_mode: str
+    seed: int
+    extra: str = ""
+    folder: str = ""  # under benchmarks/results
+
+    @property
+    def name(self) -> str:
+        return f"{self.label}-{self.env_id}-{self.obs_mode}-{self.seed}"
+
+    @property
+    def arguments(self) -> list[str]:
+        plain = f"algos/{self.algorithm}.py --env-id {self.env_id} --obs-mode {self.obs_mode} --seed {self.seed}"
+        return shlex.split(f"{plain} {self.extra}")
+
+    @property
+    def command(self) -> str:
+        return "python " + shlex.join(self.arguments)
+
+    @property
+    def target(self) -> Path:
+        return ROOT / "benchmarks" / "results" / self.folder / f"{self.name}.json"
+
+    @property
+    def state(self) -> Path:
+        """Where the run's folder is noted; its output is beside it."""
+        return ROOT / "runs" / "compare" / f"{self.name}.json"
+
+
+def short(algorithm: str) -> str:
+    """An algorithm's label, with which its run folders' names begin: ppo_pi0 → ppo, ppo_pi05 → ppo-pi05."""
+    return algorithm.removesuffix("_pi0").replace("_", "-")
+
+
+def plan(args: Args) -> list[Job]:
+    """All jobs in their order: evidence grows evenly if the queue is cut short. Exits with one line for unknown names."""
+    ablations = list(ABLATIONS) if args.ablations == [] else [f"stepnft-{n.removeprefix('stepnft-')}" for n in args.ablations or ()]
+    if args.tuning and ablations:
+        sys.exit("error: --tuning tries each of --algos, --ablations is another call")
+    for label in ablations:
+        if label not in ABLATIONS:
+            sys.exit(f"error: no ablation {label}; there are {', '.join(ABLATIONS)}")
+    for algorithm in args.algos:
+        if not (ROOT / "algos" / f"{algorithm}.py").is_file():
+            sys.exit(f"error: no algos/{algorithm}.py")
+    if args.tuning:
+        entries = {
+            f"{short(algorithm)}-{name}": (algorithm, f"{extra} --eval-seed {envs.TUNING_SEED}")
+            for name, extra in TRIALS.items()
+            for algorithm in args.algos
+        }
+    else:
+        entries = {short(algorithm): (algorithm, "") for algorithm in args.algos}
+        entries |= {label: ABLATIONS[label] for label in ablations}
+    return [
+        Job(label, algorithm, env_id, args.obs_mode, seed, f"{extra} {args.extra}", "tuning" if args.tuning else "")
+        for seed in args.seeds
+        for env_id in args.tasks
+        for label, (algorithm, extra) in entries.items()
+    ]
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def write(path: Path, content: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".tmp").write_text(json.dumps(content, indent=2))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def interrupted(job: Job) -> dict | None:
+    """The state of a job that began by the same command and left a checkpoint: its run folder and first arguments."""
+    if not job.state.exists():
+        return None
+    state = read(job.state)
+    folder = ROOT / state["run"]
+    if state["command"] != job.command or not (folder / "training.json").exists():
+        return None
+    return {"args": read(folder / "args.json")} | state  # resuming writes its own time limit to args.json
+
+
+def resume_arguments(job: Job, state: dict) -> list[str]:
+    """Arguments that go on with a run, for the rest of its iterations and minutes."""
+    args, trained_s = state["args"], read(ROOT / state["run"] / "training.json")["progress"]["trained_s"]
+    limit = args["max_minutes"]
+    minutes = f"{max(0.01, limit - trained_s / 60):.2f}" if limit else "0"
+    return [f"algos/{job.algorithm}.py", "--resume", state["run"], "--iterations", str(args["iterations"]),
+            "--max-minutes", minutes, "--num-threads", str(args["num_threads"])]  # fmt: skip
+
+
+def status(job: Job) -> str:
+    if job.target.exists():
+        command = read(job.target)["command"]
+        return "done" if command == job.command else f"done, by another command ({command})"
+    state = interrupted(job)
+    return f"interrupted ({state['run']})" if state else "missing"
+
+
+def run(job: Job) -> None:
+    """Run or go on with one job and store its result. Raises RunError, with the end of its output, if there is none."""
+    job.state.parent.mkdir(parents=True, exist_ok=True)
+    with open(job.state.with_suffix(".log"), "ab") as log:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the run holds it too, and would if this program were killed
+        except BlockingIOError:
+            raise RunError("another process is at it") from None
+        if job.target.exists():  # by another process, since this one began
+            return
+        began, state = log.tell(), interrupted(job)
+        if state:
+            write(job.state, state)
+        if not state or not (ROOT / state["run"] / "result.json").exists():
+            arguments = resume_arguments(job, state) if state else job.arguments
+            state, code = follow(job, arguments, state, log)
+            if code or not state:
+                output = Path(log.name).read_bytes()[began:].decode(errors="replace")
+                tail = [line for line in re.split(r"[\r\n]+", output) if line.strip()][-15:]
+                hint = f"; to begin anew, delete {job.state.relative_to(ROOT)}" if state else ""
+                raise RunError("\n    ".join([f"exit status {code}{hint}; the end of {log.name}:", *tail]))
+    result = read(ROOT / state["run"] / "result.json")
+    if "--resume" in result["command"]:
+        result = result | {"command": job.command, "resumed_by": result["command"], "args": state["args"]}
+    if result["command"] != job.command:
+        raise RunError(f"{state['run']} is the folder of another command: {result['command']}")
+    write(job.target, result)
+    job.state.unlink()
+
+
+def follow(job: Job, arguments: list[str], state: dict | None, log) -> tuple[dict | None, int]:
+    """Start a process and wait for it; note its run folder as soon as there is one. Returns the state and the exit status."""
+
+    def folders() -> set[Path]:
+        return set((ROOT / "runs").glob(f"{short(job.algorithm)}-{job.env_id}-{job.obs_mode}-{job.seed}-*"))
+
+    earlier = folders()
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=log, stderr=log, env=environment,
+                               start_new_session=True)  # Ctrl-C comes to it from here alone, once  # fmt: skip
+    try:
+        code = None
+        while code is None:
+            code = process.poll()
+            if not state and (new := folders() - earlier):
+                state = {"command": job.command, "run": str(min(new).relative_to(ROOT))}
+                write(job.state, state)
+            time.sleep(0.2)
+        return state, code
+    finally:
+        if process.poll() is None:  # interrupted
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def run_all(jobs: list[Job]) -> dict[str, str]:
+    """Run every job without a result, one after the other; returns what went wrong, by the job's name."""
+    for job in jobs:
+        if status(job).startswith("done, "):
+            tqdm.write(f"{job.name}: {status(job)}")
+    failed, missing = {}, [job for job in jobs if not job.target.exists()]
+    bar = tqdm(missing, desc="runs", smoothing=0, disable=not missing)
+    for job in bar:
+        tqdm.write(f"{job.name}: {status(job)}, {job.command}")
+        bar.set_postfix_str(job.name)
+        try:
+            run(job)
+        except Exception as error:  # whatever it is, the others go on
+            failed[job.name] = str(error) if isinstance(error, RunError) else repr(error)
+            tqdm.write(f"{job.name} failed: {failed[job.name]}")
+    return failed
+
+
+# -------------------------------------------------------------------------------------------------------------- the report
+
+
+def load(folder: Path) -> list[dict]:
+    """All results of a folder, with their labels."""
+    results = []
+    for path in sorted(folder.glob("*.json")):
+        result = read(path)
+        if "curve" in result:  # other benchmarks leave their files beside ours
+            result["label"] = path.stem.removesuffix(f"-{result['env_id']}-{result['obs_mode']}-{result['seed']}")
+            results.append(result)
+    return sorted(results, key=lambda r: (r["label"], r["seed"]))
+
+
+def by_label(results: list[dict]) -> dict[str, list[dict]]:
+    return {label: list(runs) for label, runs in itertools.groupby(results, lambda r: r["label"])}
+
+
+def algorithm_of(result: dict) -> str:
+    return Path(shlex.split(result["command"])[1]).stem
+
+
+def is_variant(result: dict) -> bool:
+    """Whether its label is not its algorithm's own."""
+    return result["label"] != short(algorithm_of(result))
+
+
+def first_at(curve: list[dict], key: str, success: float = 0.8) -> float | None:
+    """`key` of the first evaluation with at least this success."""
+    return next((point[key] for point in curve if point["success"] >= success), None)
+
+
+def spread(values: list[float | None], form: str = ".1f", scale: float = 1) -> str:
+    """mean (min–max) of the values that are there, and how many these are if not all; – for none."""
+    given = [value * scale for value in values if value is not None]
+    if not given:
+        return "–"
+    text = f"{np.mean(given):{form}}"
+    if len(given) > 1:
+        text += f" ({min(given):{form}}–{max(given):{form}})"
+    return text if len(given) == len(values) else f"{text}, {len(given)} of {len(values)} seeds"
+
+
+def rate(outcome: dict | None) -> str:
+    if outcome is None:
+        return "–"
+    low, high = outcome["interval"]
+    return f"{100 * outcome['success']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
+
+
+def summary_row(label: str, runs: list[dict]) -> list[str]:
+    def every(key: str) -> list:
+        return [r.get(key) for r in runs]
+
+    def success(key: str) -> str:
+        return spread([outcome and outcome["success"] for outcome in every(key)], scale=100)
+
+    def reached(key: str, **form) -> str:
+        return spread([first_at(r["curve"], key) for r in runs], **form)
+
+    memory = [value for value in every("peak_memory_gb") if value is not None]
+    return [
+        label, ", ".join(map(str, every("seed"))), success("before"), success("after"), success("ood"),
+        reached("env_steps", form=".0f", scale=1e-3), reached("minutes"), f"{max(memory):.1f}" if memory else "–",
+        *(spread(sorted(set(every(key)) - {None}), ",.0f") for key in ("parameters_trained", "forward_passes")),
+    ]  # fmt: skip
+
+
+def summary(results: list[dict]) -> str:
+    """A row per label: mean and range over its seeds."""
+    return markdown(
+        ["", "seeds", "before, %", "after, %", "OOD after, %", "thousand steps to 80 %", "minutes to 80 %", "peak memory, GB",
+         "parameters trained", "forward passes"],
+        [summary_row(label, runs) for label, runs in by_label(results).items()],
+    )  # fmt: skip
+
+
+def each_run(results: list[dict]) -> str:
+    """A row per run."""
+    return markdown(
+        ["", "seed", "before, %", "after, %", "rollout policy after, %", "thousand steps", "minutes"],
+        [[r["label"], str(r["seed"]), rate(r["before"]), rate(r["after"]), rate(r.get("after_rollout_policy")),
+          f"{r['env_steps'] / 1000:.0f}", f"{r['training_minutes']:.1f}"] for r in results],
+    )  # fmt: skip
+
+
+def unequal(results: list[dict]) -> list[str]:
+    """What differs between the runs in the arguments of EQUAL: the exceptions, and the value that most have."""
+    differences = []
+    for key in EQUAL:
+        users: dict[str, list[str]] = {}
+        for r in results:
+            args = r["args"] | {"checkpoint": r["checkpoint"]}  # also where none was given
+            users.setdefault(str(args.get(key, "not recorded")), []).append(f"{r['label']} {r['seed']}")
+        usual = max(users, key=lambda value: len(users[value]), default=None)
+        differences += [f"`{key}` is {v} for {', '.join(users[v])}, else {usual}" for v in users if v != usual]
+    return differences
+
+
+def mean_curve(curves: list[list[dict]], key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """x, mean, low and high of success in % over `key`, up to where the shortest curve ends.
+
+    Curves are interpolated between their evaluations. The interval is over seeds: from three on the 95 % t-interval of the mean,
+    below three from the smallest to the largest value.
+    """
+    from scipy.stats import t
+
+    end = min(curve[-1][key] for curve in curves)
+    x = np.array(sorted({point[key] for curve in curves for point in curve if point[key] <= end}))
+    y = 100 * np.array([np.interp(x, [p[key] for p in curve], [p["success"] for p in curve]) for curve in curves])  # (seeds, x)
+    n, mean = len(y), y.mean(0)
+    if n < 3:
+        return x, mean, y.min(0), y.max(0)
+    half = t.ppf(0.975, n - 1) * y.std(0, ddof=1) / n**0.5
+    return x, mean, np.clip(mean - half, 0, 100), np.clip(mean + half, 0, 100)
+
+
+def draw(path: Path, title: str, lines: dict[str, tuple[str, list[dict]]]) -> None:
+    """Success over environment steps and over minutes: a colour and the runs to average for each line, by its name."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.8), sharey=True, layout="constrained")
+    labels = "thousand environment steps", "minutes of training"
+    for axis, key, scale, label in zip(axes, ("env_steps", "minutes"), (1000, 1), labels):
+        for name, (colour, runs) in lines.items():
+            x, mean, low, high = mean_curve([r["curve"] for r in runs], key)
+            marker = "o" if len(runs) == 1 else None  # evaluations; a mean's are interpolated
+            axis.plot(x / scale, mean, color=colour, label=name, marker=marker, markersize=3)
+            axis.fill_between(x / scale, low, high, color=colour, alpha=0.15, linewidth=0)
+        axis.set(xlabel=label, ylim=(0, 100))
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("held-out success, %")
+    axes[1].legend(fontsize=9)
+    if any(len(runs) > 1 for _, runs in lines.values()):
+        title += "\nmean over seeds; band: 95 % t-interval of the mean (of two: their range)"
+    figure.suptitle(title, fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def report() -> None:
+    """Draw docs/images/comparison_<task>_<mode>.png, and <label>_<task>_<mode>.png with the seeds of each algorithm, and write what
+    stands between the marks in docs/comparison.md."""
+    images, page = ROOT / "docs" / "images", ROOT / "docs" / "comparison.md"
+    results, trials = load(ROOT / "benchmarks" / "results"), load(ROOT / "benchmarks" / "results" / "tuning")
+    place = lambda r: (r["env_id"], r["obs_mode"])
+    colours = dict(zip(dict.fromkeys(r["label"] for r in results if not is_variant(r)), itertools.cycle(COLOURS)))
+    parts = []
+    for env_id, mode in sorted({place(r) for r in results + trials}):
+        here, tried = ([r for r in found if place(r) == (env_id, mode)] for found in (results, trials))
+        plain, ablated = [r for r in here if not is_variant(r)], [r for r in here if is_variant(r)]
+        task = f"{env_id} ({mode})"
+        parts.append(f"### {task}")
+        if plain:
+            lines = {f"{label}, n = {len(runs)}": (colours[label], runs) for label, runs in by_label(plain).items()}
+            draw(images / f"comparison_{env_id}_{mode}.png", task, lines)
+            for label, runs in by_label(plain).items():
+                seeds = {f"seed {r['seed']}": (colour, [r]) for r, colour in zip(runs, itertools.cycle(COLOURS))}
+                draw(images / f"{label}_{env_id}_{mode}.png", f"{label}, {task}", seeds)
+            parts += [summary(plain), f"![{task}](images/comparison_{env_id}_{mode}.png)",
+                      "Each run, with 95 % Wilson intervals over its episodes:", each_run(plain)]  # fmt: skip
+        if ablated:
+            varied = {algorithm_of(r) for r in ablated}
+            parts += [f"Ablations, {task}:", summary([r for r in plain if algorithm_of(r) in varied] + ablated)]
+        if tried:
+            parts += [f"Tuning trials, {task}, on the tuning episodes:", summary(tried)]
+        parts += [f"Not the same in all runs: {'; '.join(d)}." for runs in (here, tried) if (d := unequal(runs))]
+        parts += ["Commands:", "\n".join(["```", *(r["command"] for r in here + tried), "```"])]
+    before, rest = page.read_text().split(BEGIN)
+    page.write_text("\n\n".join([before + BEGIN, *(parts or ["No result yet."]), END + rest.split(END)[1]]))
+    print(f"{len(results)} results and {len(trials)} trials in {page}")
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    jobs = plan(args)
+    if args.dry_run:
+        for job in jobs:
+            print(f"{job.name}: {status(job)}\n    {job.command}")
+        sys.exit()
+    for name in (signal.SIGINT, signal.SIGTERM):  # also where a shell in the background has them ignored
+        signal.signal(name, signal.default_int_handler)
+    try:
+        failed = run_all(jobs)
+    except KeyboardInterrupt:
+        report()
+        sys.exit("interrupted; the same command goes on from the last checkpoint")
+    report()
+    if failed:
+        sys.exit("\n".join(["failed:", *(f"  {name}: {error.splitlines()[0]}" for name, error in failed.items())]))

@@ -1,0 +1,331 @@
+"""benchmarks/compare.py on stand-ins for the algorithms: order, failures, resuming, and the arithmetic of its report."""
+
+import fcntl
+import importlib
+import json
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import compare  # noqa: E402
+
+PAGE = f"before\n\n{compare.BEGIN}\n\nold\n\n{compare.END}\n\nafter\n"
+
+# What an algorithm file does as far as compare.py can tell: it fails with seed 2, and with --wait it stops after its checkpoint.
+ALGORITHM = """
+import argparse, json, pathlib, shlex, sys, time
+parser = argparse.ArgumentParser()
+for name in ("--env-id", "--obs-mode", "--resume"):
+    parser.add_argument(name)
+parser.add_argument("--seed", type=int)
+parser.add_argument("--iterations", type=int, default=120)
+parser.add_argument("--max-minutes", type=float, default=24.0)
+parser.add_argument("--num-threads", type=int, default=0)
+parser.add_argument("--eval-seed", type=int, default=7)
+parser.add_argument("--wait", action="store_true")
+args = parser.parse_args()
+run = pathlib.Path(args.resume or f"runs/fake-{args.env_id}-{args.obs_mode}-{args.seed}-{time.time_ns()}")
+given = json.loads((run / "args.json").read_text()) if args.resume else vars(args)
+if given["seed"] == 2:
+    print("line of progress\\r" * 30)
+    sys.exit("error: no luck")
+run.mkdir(parents=True, exist_ok=True)
+(run / "args.json").write_text(json.dumps(given | {"max_minutes": args.max_minutes}))
+try:
+    (run / "training.json").write_text(json.dumps({"progress": {"trained_s": 360.0}}))
+    time.sleep(60 * args.wait)
+except KeyboardInterrupt:
+    (run / "stopped").touch()
+    sys.exit("interrupted")
+outcome = dict(success=0.5, interval=[0.4, 0.6], episodes=100)
+(run / "result.json").write_text(json.dumps(dict(
+    command="python " + shlex.join(sys.argv), env_id=given["env_id"], obs_mode=given["obs_mode"], seed=given["seed"],
+    checkpoint="start", env_steps=1000, training_minutes=1.0, before=outcome, after=outcome, args=given | vars(args),
+    curve=[dict(env_steps=x, minutes=x / 1000, success=0.5) for x in (0, 1000)],
+)))
+"""
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch) -> Path:
+    for folder in ("algos", "docs", "benchmarks"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "algos" / "fake_pi0.py").write_text(ALGORITHM)
+    (tmp_path / "docs" / "comparison.md").write_text(PAGE)
+    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    return tmp_path
+
+
+def fake(seed: int = 1, extra: str = "") -> compare.Job:
+    return compare.Job("fake", "fake_pi0", "Task-v1", "state", seed, extra)
+
+
+def result(success: list[float], *, seed: int = 1, algorithm: str = "ppo_pi0", steps: int = 1000, **more) -> dict:
+    """A result with an evaluation every `steps` environment steps, a minute each."""
+    outcome = lambda p: dict(success=p, interval=[p - 0.1, p + 0.1], episodes=100)
+    curve = [dict(env_steps=i * steps, minutes=i, success=p) for i, p in enumerate(success)]
+    return dict(
+        command=f"python algos/{algorithm}.py --seed {seed}", env_id="Task-v1", obs_mode="state", seed=seed, checkpoint="start",
+        env_steps=steps * (len(success) - 1), training_minutes=len(success) - 1, before=outcome(success[0]),
+        after=outcome(success[-1]), args=dict(seed=seed, max_minutes=24.0), curve=curve,
+    ) | more  # fmt: skip
+
+
+def store(root: Path, label: str, r: dict, folder: str = "") -> None:
+    compare.write(root / "benchmarks" / "results" / folder / f"{label}-{r['env_id']}-{r['obs_mode']}-{r['seed']}.json", r)
+
+
+def cells(row: str) -> list[str]:
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+# ---------------------------------------------------------------------------------------------------------------- the plan
+
+
+def test_everything_runs_with_the_first_seed_before_the_second(root):
+    shutil.copy(root / "algos" / "fake_pi0.py", root / "algos" / "other_pi05.py")
+    jobs = compare.plan(compare.Args(["fake_pi0", "other_pi05"], ["A-v1", "B-v1"], seeds=[1, 2], ablations=["loss-wmse"]))
+    assert [job.name for job in jobs] == [
+        f"{label}-{task}-state-{seed}"
+        for seed in (1, 2)
+        for task in ("A-v1", "B-v1")
+        for label in ("fake", "other-pi05", "stepnft-loss-wmse")
+    ]
+    assert jobs[2].command == "python algos/stepnft_pi0.py --env-id A-v1 --obs-mode state --seed 1 --loss wmse"
+
+
+def test_names_fit_the_results_that_are_there(monkeypatch):
+    monkeypatch.setattr(compare, "ROOT", ROOT)
+    (job,) = compare.plan(compare.Args(["stepnft_pi0"]))
+    assert compare.status(job) == "done"
+    assert not compare.is_variant({"label": "stepnft"} | compare.read(job.target))
+
+
+def test_tuning_gives_every_algorithm_the_same_trials_on_other_episodes(root):
+    shutil.copy(root / "algos" / "fake_pi0.py", root / "algos" / "other_pi0.py")
+    jobs = compare.plan(compare.Args(["fake_pi0", "other_pi0"], tuning=True))
+    trials = {a: [job.extra for job in jobs if job.algorithm == a] for a in ("fake_pi0", "other_pi0")}
+    assert trials["fake_pi0"] == trials["other_pi0"] and len(set(trials["fake_pi0"])) == len(compare.TRIALS) > 1
+    assert all("--eval-seed 1000000000" in job.command and job.target.parent.name == "tuning" for job in jobs)
+    assert len({job.target for job in jobs}) == len(jobs)
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (compare.Args(["nothing_pi0"]), "no algos/nothing_pi0.py"),
+        (compare.Args(ablations=["loss-typo"]), "no ablation stepnft-loss-typo"),
+        (compare.Args(["fake_pi0"], tuning=True, ablations=[]), "--tuning"),
+    ],
+)
+def test_unknown_names_end_in_one_line(root, args, message):
+    with pytest.raises(SystemExit, match=message):
+        compare.plan(args)
+
+
+def test_every_ablation_and_trial_is_valid_and_changes_something():
+    for algorithm, extra in compare.ABLATIONS.values():
+        module = importlib.import_module(f"algos.{algorithm}")
+        args = tyro.cli(module.Args, args=shlex.split(extra))
+        module.check(args)
+        assert asdict(args) != asdict(module.Args()), extra
+    online = [path.stem for path in (ROOT / "algos").glob("*.py") if not path.stem.startswith(("sft", "pretrain"))]
+    for algorithm in online:
+        module = importlib.import_module(f"algos.{algorithm}")
+        for extra in compare.TRIALS.values():
+            module.check(tyro.cli(module.Args, args=shlex.split(extra)))
+
+
+# ---------------------------------------------------------------------------------------------------------------- the runs
+
+
+def test_a_failed_run_does_not_stop_the_others(root):
+    jobs = [fake(seed) for seed in (1, 2, 3)]
+    failed = compare.run_all(jobs)
+    assert list(failed) == ["fake-Task-v1-state-2"]
+    assert "exit status 1" in failed["fake-Task-v1-state-2"] and "error: no luck" in failed["fake-Task-v1-state-2"]
+    assert len(failed["fake-Task-v1-state-2"].splitlines()) <= 16  # the end of its output, of more than thirty lines
+    assert [compare.status(job) for job in jobs] == ["done", "missing", "done"]
+    assert compare.read(jobs[2].target)["seed"] == 3
+
+
+def test_a_finished_run_is_not_repeated_until_its_file_is_deleted(root, capsys):
+    compare.run_all([fake()])
+    compare.run_all([fake()])
+    assert len(list(root.glob("runs/fake-*"))) == 1
+    compare.run_all([fake(extra="--max-minutes 1")])
+    assert len(list(root.glob("runs/fake-*"))) == 1 and "by another command" in capsys.readouterr().out
+    fake().target.unlink()
+    compare.run_all([fake()])
+    assert len(list(root.glob("runs/fake-*"))) == 2
+
+
+def interrupt(job: compare.Job, monkeypatch) -> Path:
+    """Start a job and interrupt it once it has a checkpoint; returns its run folder."""
+
+    def sleep(seconds):
+        if list(compare.ROOT.glob("runs/fake-*/training.json")):
+            raise KeyboardInterrupt
+        time.sleep(seconds)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "time", SimpleNamespace(sleep=sleep))
+        with pytest.raises(KeyboardInterrupt):
+            compare.run_all([job])
+    (run,) = compare.ROOT.glob("runs/fake-*")
+    return run
+
+
+def test_an_interrupted_run_is_gone_on_with_under_its_own_limits(root, monkeypatch):
+    job = fake(extra="--wait --iterations 20 --max-minutes 10 --num-threads 3")
+    run = interrupt(job, monkeypatch)
+    assert (run / "stopped").exists(), "the run was told to stop, and had time to"
+    assert compare.status(job) == f"interrupted (runs/{run.name})"
+    compare.run(job)
+    (again,) = root.glob("runs/fake-*")
+    stored = compare.read(job.target)
+    assert again == run and stored["command"] == job.command
+    # 6 of the 10 minutes were used before the checkpoint
+    assert stored["resumed_by"].endswith(f"--resume runs/{run.name} --iterations 20 --max-minutes 4.00 --num-threads 3")
+    assert stored["args"]["max_minutes"] == 10
+    # a second interruption must not count from the 4 minutes that the first resumption wrote to args.json
+    assert compare.read(run / "args.json")["max_minutes"] == 4
+
+
+def test_the_second_resumption_counts_from_the_first_limit(root, monkeypatch):
+    job = fake(extra="--wait --max-minutes 10")
+    interrupt(job, monkeypatch)
+    compare.write(job.state, compare.interrupted(job))  # as the first resumption notes it
+    (run,) = root.glob("runs/fake-*")
+    (run / "args.json").write_text(json.dumps(compare.read(run / "args.json") | {"max_minutes": 4.0}))
+    assert "4.00" in compare.resume_arguments(job, compare.interrupted(job))
+
+
+def test_a_run_by_other_arguments_is_not_gone_on_with(root, monkeypatch):
+    interrupt(fake(extra="--wait"), monkeypatch)
+    assert compare.status(fake()) == "missing"
+    compare.run(fake())
+    assert len(list(root.glob("runs/fake-*"))) == 2 and "resumed_by" not in compare.read(fake().target)
+
+
+def test_what_ended_after_this_program_did_is_collected(root, monkeypatch):
+    job = fake(extra="--wait")
+    run = interrupt(job, monkeypatch)
+    (run / "result.json").write_text(json.dumps(result([0.5, 0.6]) | {"command": job.command}))
+    compare.run(job)
+    assert compare.read(job.target)["curve"][-1]["success"] == 0.6
+
+
+def test_two_programs_do_not_run_the_same_job(root):
+    fake().state.parent.mkdir(parents=True)
+    with open(fake().state.with_suffix(".log"), "ab") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        assert compare.run_all([fake()]) == {"fake-Task-v1-state-1": "another process is at it"}
+    assert not list(root.glob("runs/fake-*"))
+
+
+def test_the_program(root):
+    """From the command line: what is there is reported although a run failed, and SIGTERM ends it with its run."""
+    program = shutil.copy(ROOT / "benchmarks" / "compare.py", root / "benchmarks" / "compare.py")
+    call = [sys.executable, program, "--algos", "fake_pi0", "--tasks", "Task-v1", "--seeds", "2", "3"]
+    dry = subprocess.run([*call, "--dry-run"], capture_output=True, text=True, check=True)
+    assert "fake-Task-v1-state-3: missing" in dry.stdout and not list(root.glob("runs/fake-*"))
+    ended = subprocess.run(call, capture_output=True, text=True)
+    assert ended.returncode == 1 and ended.stderr.endswith(f"fake-Task-v1-state-2: exit status 1; the end of {root}"
+                                                           "/runs/compare/fake-Task-v1-state-2.log:\n")  # fmt: skip
+    assert "| fake | 3 |" in (root / "docs" / "comparison.md").read_text()
+    waiting = subprocess.Popen([*call[:-2], "4", "--extra=--wait"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not list(root.glob("runs/fake-Task-v1-state-4-*/training.json")):
+        assert waiting.poll() is None
+        time.sleep(0.1)
+    waiting.send_signal(signal.SIGTERM)
+    assert "goes on from the last checkpoint" in waiting.communicate(timeout=60)[1]
+    assert waiting.returncode == 1 and list(root.glob("runs/fake-Task-v1-state-4-*/stopped"))
+
+
+# -------------------------------------------------------------------------------------------------------------- the report
+
+
+def test_summary_of_three_seeds(root):
+    more = dict(parameters_trained=1234567, forward_passes=4)
+    for seed, success, memory in ((1, [0.5, 0.79, 0.8], 1.0), (2, [0.5, 0.9, 0.7], 3.0), (3, [0.5, 0.6, 0.75], 2.0)):
+        store(root, "ppo", result(success, seed=seed, peak_memory_gb=memory, **more))
+    row = cells(compare.summary(compare.load(root / "benchmarks" / "results")).splitlines()[2])
+    assert row[:5] == ["ppo", "1, 2, 3", "50.0 (50.0–50.0)", "75.0 (70.0–80.0)", "–"]
+    assert row[5:] == ["2 (1–2), 2 of 3 seeds", "1.5 (1.0–2.0), 2 of 3 seeds", "3.0", "1,234,567", "4"]
+
+
+def test_what_is_not_measured_is_a_dash_and_what_is_is_not():
+    old = result([0.5, 0.6]) | {"label": "ppo"}
+    assert cells(compare.summary([old]).splitlines()[2]) == ["ppo", "1", "50.0", "60.0", "–", "–", "–", "–", "–", "–"]
+    new = old | {"ood": dict(success=0.0), "peak_memory_gb": 0.5, "parameters_trained": 10, "forward_passes": 1}
+    assert cells(compare.summary([new]).splitlines()[2])[4:] == ["0.0", "–", "–", "0.5", "10", "1"]
+    row = cells(compare.each_run([old]).splitlines()[2])
+    assert row == ["ppo", "1", "50.0 [40.0, 60.0]", "60.0 [50.0, 70.0]", "–", "1", "1.0"]
+
+
+def test_first_evaluation_at_80_percent():
+    curve = result([0.5, 0.79, 0.8, 0.6, 0.9])["curve"]
+    assert compare.first_at(curve, "env_steps") == 2000 and compare.first_at(curve, "minutes") == 2
+    assert compare.first_at(curve[:2], "minutes") is None
+    assert compare.first_at(result([0.8, 0.9])["curve"], "env_steps") == 0
+
+
+def test_mean_curve_interpolates_and_ends_with_the_shortest():
+    curves = [result([0.0, 0.2, 0.4])["curve"], result([0.2, 0.6], steps=1500)["curve"]]
+    x, mean, low, high = compare.mean_curve(curves, "env_steps")
+    np.testing.assert_allclose(x, [0, 1000, 1500])
+    np.testing.assert_allclose(mean, [10, (20 + 20 + 40 * 2 / 3) / 2, 45])
+    np.testing.assert_allclose([low, high], [[0, 20, 30], [20, 20 + 40 * 2 / 3, 60]])
+
+
+def test_t_interval_from_three_seeds_on():
+    curves = [result([0.5, p])["curve"] for p in (0.4, 0.5, 0.6)]
+    _, mean, low, high = compare.mean_curve(curves, "minutes")
+    half = 4.303 * 10 / np.sqrt(3)  # Student's t for two degrees of freedom, 97.5 %
+    np.testing.assert_allclose([mean, low, high], [[50, 50], [50, 50 - half], [50, 50 + half]], rtol=1e-3)
+
+
+def test_report_separates_algorithms_ablations_and_trials(root):
+    store(root, "ppo", result([0.5, 0.7], seed=1))
+    store(root, "stepnft", result([0.5, 0.9], seed=1, algorithm="stepnft_pi0"))
+    store(root, "stepnft", result([0.5, 0.8], seed=2, algorithm="stepnft_pi0", args=dict(seed=2, max_minutes=26.0)))
+    store(root, "stepnft-loss-wmse", result([0.5, 0.6], algorithm="stepnft_pi0", command="python algos/stepnft_pi0.py --loss wmse"))
+    store(root, "ppo-lr", result([0.5, 0.4], command="python algos/ppo_pi0.py --learning-rate 1"), folder="tuning")
+    (root / "benchmarks" / "results" / "other.json").write_text('{"median": 1}')
+    compare.report()
+    text = (root / "docs" / "comparison.md").read_text()
+    assert text.startswith(f"before\n\n{compare.BEGIN}\n") and text.endswith(f"{compare.END}\n\nafter\n") and "old" not in text
+    first, ablations, tuning = text.replace("Tuning trials", "Ablations").split("Ablations, ")
+    labels = lambda part: [cells(row)[0] for row in part.splitlines() if row.startswith("|")]
+    assert labels(first) == ["", "---", "ppo", "stepnft", "", "---", "ppo", "stepnft", "stepnft"]
+    assert labels(ablations) == ["", "---", "stepnft", "stepnft-loss-wmse"]
+    assert labels(tuning) == ["", "---", "ppo-lr"]
+    assert "`max_minutes` is 26.0 for stepnft 2, else 24.0." in text
+    assert text.split("```")[1].split("\n")[1:-1] == [
+        "python algos/ppo_pi0.py --seed 1", "python algos/stepnft_pi0.py --seed 1", "python algos/stepnft_pi0.py --seed 2",
+        "python algos/stepnft_pi0.py --loss wmse", "python algos/ppo_pi0.py --learning-rate 1",
+    ]  # fmt: skip
+    assert sorted(path.name for path in (root / "docs" / "images").iterdir()) == [
+        "comparison_Task-v1_state.png", "ppo_Task-v1_state.png", "stepnft_Task-v1_state.png",
+    ]  # fmt: skip
+    compare.report()
+    assert (root / "docs" / "comparison.md").read_text() == text
+
+
+def test_report_of_nothing(root):
+    compare.report()
+    assert "No result yet." in (root / "docs" / "comparison.md").read_text()
