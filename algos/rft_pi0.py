@@ -128,7 +128,7 @@ def flow_sde_step(
     """Mean and standard deviation of one Flow-SDE step, x_next ~ N(μ(v), std²): the marginals of the flow ODE, with noise.
 
     x_t, v: (B, H, A); step i: (B,) int in [0, num_steps), time t_i = 1 − i/K (1 noise, 0 action). Returns μ (B, H, A) and
-    std (B, 1, 1). `noise_level` 0 gives the Euler step x_t − δ·v. The sampler and the loss both call this function.
+    std (B, 1, 1). `noise_level` 0 gives the Euler step x_t − δ·v.
     """
     delta = 1.0 / num_steps
     t = (1 - step * delta).view(-1, 1, 1)

@@ -1,0 +1,501 @@
+# Docs: docs/nft.md. Online RL for π0.5 without critic or likelihood: python algos/nft_pi05.py --env-id PickCube-v1
+"""DiffusionNFT (arXiv 2509.16117) for π0.5: ODE rollouts, flow matching at fresh noise on the executed chunks, by an implicit
+positive and an implicit negative policy weighted by success, a slowly moving rollout policy."""
+
+from __future__ import annotations
+
+import atexit
+import copy
+import json
+import os
+import random
+import shlex
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, without an installation
+
+import numpy as np
+import torch
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import envs
+import policies
+from envs.evaluation import evaluate, plot_curve, record
+
+
+@dataclass
+class Args:
+    env_id: str = "PickCube-v1"
+    """ManiSkill task"""
+    obs_mode: Literal["rgb", "state"] = "rgb"
+    """rgb: camera image, proprioception and goal; state: no camera, privileged object poses in the state"""
+    checkpoint: str | None = None
+    """policy to start from: a folder or a bundled name; default: the bundled one for the task and obs mode"""
+    resume: str | None = None
+    """run folder (runs/<name>) to go on with, under its own arguments (--iterations may extend it)"""
+    seed: int = 1
+    """seed of everything random"""
+    iterations: int = 120
+    """rollout + update rounds"""
+    max_minutes: float = 24.0
+    """stop training after so many minutes of this call even if iterations remain (--resume goes on); 0: no limit"""
+    train: Literal["expert", "all", "lora"] = "expert"
+    """expert: the VLM is frozen; all: everything is trained; lora: low-rank additions to both transformers
+    are, see policies/lora.py"""
+
+    # rollout
+    num_envs: int = 64
+    """environments side by side"""
+    rollout_epochs: int = 4
+    """rounds of episodes per iteration: num_envs × rollout_epochs episodes"""
+    execute: int = 0
+    """actions executed of each predicted chunk; 0: as in the checkpoint"""
+    rollout_steps: int = 32
+    """steps after which a training episode counts as failed; 0: the task's own limit, as in evaluations"""
+    num_steps: int = 4
+    """solver steps K (πRL, StepNFT: 4)"""
+    labels: Literal["binary", "group"] = "group"
+    """optimality r of a chunk. binary: 1 after success, 0 after failure; group: success relative to the episodes from the same
+    initial state (the paper)"""
+    group_size: int = 16
+    """episodes from one initial state (authors: 24 pictures per prompt; label group needs more than 1)"""
+
+    # update
+    update_epochs: int = 1
+    """passes over each iteration's chunks, each at fresh noise and times"""
+    num_minibatches: int = 8
+    """minibatches per epoch: few and large, as Adam's full-size steps amplify gradient noise"""
+    learning_rate: float = 1e-4
+    """Adam's"""
+    warmup_iterations: int = 5
+    """iterations of linear learning-rate warm-up"""
+    max_grad_norm: float = 1.0
+    """gradient clipping"""
+    draws: int = 4
+    """noise/time draws per chunk and pass: they share its prefix and cost little"""
+    beta: float = 1.0
+    """β, how far the implicit policies v_old ± β·(v_θ − v_old) lie apart (authors: 1, or 0.1)"""
+    weighting: Literal["none", "adaptive"] = "none"
+    """none: squared errors of the velocity; adaptive: of the chunk it leads to, divided by their mean size (authors' code)"""
+    ema_start: float = 0.1
+    """α of θ_old ← α·θ_old + (1 − α)·θ at the first iteration (authors: 0)"""
+    ema_end: float = 0.5
+    """α at the end of its schedule (authors: 0.5, or 0.999)"""
+    ema_horizon: int = 60
+    """iterations of α's cosine schedule (authors: linear, α = min(0.001·i, 0.5))"""
+
+    # memory and speed of large policies (docs/memory.md); none changes what is computed but for rounding
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """precision of frozen weights and of the computation, with the published float32 parts; trained weights are float32"""
+    lora_rank: int = 16
+    """rank of --train lora (openpi: 16 in the language model, 32 in the expert)"""
+    lora_alpha: float = 16.0
+    """its scale: the additions are (alpha / rank)·B·A (openpi: as the rank)"""
+    prefix_cache: Literal["device", "cpu", "off"] | None = None
+    """where a frozen VLM's prefixes wait for the update; off: their inputs wait in host memory and are encoded again in each
+    minibatch. Default: device; off where the VLM is trained"""
+    micro_batch: int = 0
+    """chunks per forward and backward pass, whose gradients add up to the minibatch's; 0: the whole minibatch at once"""
+    gradient_checkpointing: bool = False
+    """keep layer inputs only and compute the rest again in the backward pass"""
+    compile: bool = False
+    """torch.compile for the velocity"""
+
+    # evaluation and logging
+    eval_every: int = 10
+    """iterations between evaluations on held-out seeds; 0: only before and after"""
+    eval_episodes: int = 128
+    """episodes of an evaluation while training"""
+    final_eval_episodes: int = 512
+    """episodes of the evaluations before and after"""
+    eval_seed: int = envs.EVAL_SEED
+    """first seed of the evaluation episodes; choose settings on others (envs.TUNING_SEED) than those you report on"""
+    save_every: int = 10
+    """iterations between checkpoints"""
+    video: bool = True
+    """write videos/<run name>.mp4 at the end"""
+    track: bool = False
+    """log to Weights & Biases too (offline without an account)"""
+    num_threads: int = 0
+    """torch threads; 0: one per core"""
+    device: str = "auto"
+    """cpu, cuda, or auto"""
+
+
+# ------------------------------------------------------------------------------------------------------------ the method
+
+
+def nft_loss(
+    v_theta: torch.Tensor,
+    v_old: torch.Tensor,
+    target_v: torch.Tensor,
+    r: torch.Tensor,
+    *,
+    beta: float = 1.0,
+    t: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Flow matching by two implicit policies, v± = v_old ± β·(v_θ − v_old), on what succeeded and what failed.
+
+    v_theta, v_old, target_v: (B, H, A), velocities at points x_t = (1 − t)·x_0 + t·ε and where they should lead, v = ε − x_0;
+    optimality r: (B,) in [0, 1], 1 after success. mask: (H, A) bool, entries that count; None counts all.
+    t: (B,) the points' times, for the weighting of the authors' code: errors t·(v± − v), which are those of the chunk that the
+    straight path from x_t ends in, divided by their mean magnitude in the sample. None: errors of the velocity as they are.
+
+        loss = r·‖v⁺ − v‖² + (1 − r)·‖v⁻ − v‖²
+
+    At θ = θ_old its gradient is (2r − 1)·β times that of flow matching: towards the executed chunk after success, away from it
+    after failure. Returns the scalar loss, a mean over samples and entries, and metrics: positive, negative (the two errors),
+    drift (mean ‖v_θ − v_old‖ per position).
+    """
+    weight = torch.ones_like(v_old) if mask is None else mask.to(v_old).expand_as(v_old)
+    count = weight.sum((1, 2))  # (B,)
+    dv = v_theta - v_old
+    errors = []
+    for sign in (1, -1):
+        error = v_old + sign * beta * dv - target_v
+        value = (weight * error.square()).sum((1, 2)) / count  # (B,)
+        if t is not None:  # t²·value over the mean of t·|error|
+            value = t * value / ((weight * error.detach().abs()).sum((1, 2)) / count).clamp(min=1e-5)
+        errors.append(value)
+    positive, negative = errors
+    loss = (r * positive + (1 - r) * negative).mean()
+    with torch.no_grad():
+        positions = weight.amax(-1)  # (B, H)
+        metrics = dict(
+            positive=positive.mean(),
+            negative=negative.mean(),
+            drift=((dv * weight).norm(dim=-1) * positions).sum() / positions.sum(),
+        )
+    return loss, metrics
+
+
+def chunk_optimality(
+    success: np.ndarray, group: np.ndarray, episode: np.ndarray, position: np.ndarray, kind: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Optimality r in [0, 1] of M chunks, and which of them carry signal (M,) bool.
+
+    success, group: (E,) outcome and initial state of each episode; episode, position: (M,) which episode a chunk belongs to, and
+    its number in it. "binary": the episode's success. "group": success compared with the share p of success among the episodes
+    from the same initial state that were still running at this position, r = ½ + ½·(success − p) / max(p, 1 − p), whose mean is
+    ½. Where all of them succeed, or none does, the outcome tells nothing about the actions, and the chunks are dropped.
+    """
+    y = success[episode].astype(float)  # (M,)
+    if kind == "binary":
+        return y, np.ones(len(y), bool)
+    _, peers = np.unique(np.stack([group[episode], position]), axis=1, return_inverse=True)  # (M,)
+    p = (np.bincount(peers, weights=y) / np.bincount(peers))[peers]
+    return 0.5 + 0.5 * (y - p) / np.maximum(p, 1 - p), (p > 0) & (p < 1)
+
+
+def ema_decay(iteration: int, start: float, end: float, horizon: int) -> float:
+    """α of θ_old ← α·θ_old + (1 − α)·θ: a cosine from `start` to `end` over `horizon` iterations."""
+    return end + (start - end) * 0.5 * (1 + np.cos(np.pi * min(1.0, iteration / max(1, horizon))))
+
+
+@torch.no_grad()
+def update_rollout_policy(rollout_parameters, parameters, decay: float) -> None:
+    """θ_old ← α·θ_old + (1 − α)·θ."""
+    for old, new in zip(rollout_parameters, parameters, strict=True):
+        old.lerp_(new, 1 - decay)
+
+
+# ------------------------------------------------------------------------------------------------------------- the program
+
+
+def check(args: Args) -> None:
+    """Raise envs.EnvError, in one line, for arguments that cannot work."""
+    for name in ("iterations", "num_envs", "rollout_epochs", "num_steps", "group_size", "update_epochs", "num_minibatches",
+                 "draws", "eval_episodes", "final_eval_episodes", "save_every", "lora_rank"):  # fmt: skip
+        if getattr(args, name) < 1:
+            raise envs.EnvError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    for name in ("execute", "rollout_steps", "eval_every", "warmup_iterations", "max_minutes", "seed", "eval_seed", "num_threads",
+                 "micro_batch"):  # fmt: skip
+        if not getattr(args, name) >= 0:
+            raise envs.EnvError(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
+    for name in ("learning_rate", "beta", "max_grad_norm", "lora_alpha"):
+        if not getattr(args, name) > 0:
+            raise envs.EnvError(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
+    for name in ("ema_start", "ema_end"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise envs.EnvError(f"--{name.replace('_', '-')} must lie between 0 and 1, got {getattr(args, name)}")
+    if args.device not in ("auto", "cpu", "cuda") or (args.device == "cuda" and not torch.cuda.is_available()):
+        raise envs.EnvError(f"--device must be auto, cpu, or cuda where PyTorch finds a GPU, got {args.device}")
+    if args.num_envs % args.group_size:
+        raise envs.EnvError(f"--num-envs {args.num_envs} must be a multiple of --group-size {args.group_size}")
+    if args.labels != "binary" and args.group_size < 2:
+        raise envs.EnvError(f"--labels {args.labels} compares episodes from one initial state: give --group-size of at least 2")
+    if args.train != "expert" and args.prefix_cache in ("device", "cpu"):
+        raise envs.EnvError(f"--prefix-cache {args.prefix_cache} needs a frozen VLM, --train {args.train} changes it: "
+                            "leave --prefix-cache out, or add --train expert")  # fmt: skip
+
+
+if __name__ == "__main__":
+    try:
+        args = tyro.cli(Args, description=__doc__)
+        if args.resume:  # the run's own arguments; more iterations, another time limit and other threads are welcome
+            stored = policies.read_json(Path(args.resume) / "args.json")
+            try:
+                args = replace(Args(**stored), resume=args.resume, num_threads=args.num_threads, max_minutes=args.max_minutes,
+                               iterations=max(args.iterations, stored["iterations"]))  # fmt: skip
+            except (TypeError, KeyError) as error:
+                raise envs.EnvError(f"{args.resume}/args.json is not this version's: {error}") from None
+        check(args)
+        checkpoint = args.checkpoint or f"pi05-tiny-{args.env_id.split('-')[0].lower()}-{args.obs_mode}"
+        if not args.checkpoint and checkpoint not in policies.bundled():
+            envs.check(args.env_id)
+            raise envs.EnvError(
+                f"no bundled checkpoint for {args.env_id} in {args.obs_mode} mode; make one with: python algos/pretrain_pi05.py "
+                f"--env-id {args.env_id} --obs-mode {args.obs_mode}, then python algos/sft_pi05.py --env-id {args.env_id} "
+                f"--obs-mode {args.obs_mode} --base runs/pretrained-pi05 --output runs/sft, then add --checkpoint runs/sft"
+            )
+        run = Path(args.resume or f"runs/nft-pi05-{args.env_id}-{args.obs_mode}-{args.seed}-{int(time.time())}")
+
+        # Seeds
+        random.seed(args.seed)
+        np.random.seed(args.seed)
+        torch.manual_seed(args.seed)
+        rng = np.random.default_rng(args.seed)  # initial states of the training episodes
+        torch.set_num_threads(args.num_threads or os.cpu_count())
+        device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu"))
+
+        # Policy θ and rollout policy θ_old; they share what is frozen
+        lora = args.train == "lora"
+        source = run / "policy" if args.resume and not lora else checkpoint  # saved policies have their adapters merged
+        policy = policies.load(source, device, getattr(torch, args.dtype), expect="pi05", trained=None if lora else args.train)
+        trained_on = policy.meta.get("obs_mode", args.obs_mode)
+        if trained_on != args.obs_mode:
+            raise envs.EnvError(f"{checkpoint} acts in {trained_on} mode: add --obs-mode {trained_on}, or another --checkpoint")
+        if args.train == "expert":
+            policy.freeze_vlm()
+        elif lora:
+            policies.add_lora(policy, args.lora_rank, args.lora_alpha)
+        policy.checkpoint_gradients(args.gradient_checkpointing)
+        rollout_policy = copy.deepcopy(policy, {id(p): p for p in policy.parameters() if not p.requires_grad})
+        parameters = [p for p in policy.parameters() if p.requires_grad]
+        rollout_parameters = [p for p in rollout_policy.parameters() if p.requires_grad]
+        fused = device.type == "cuda"  # no temporary copies
+        optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, betas=(0.9, 0.95), eps=1e-5, fused=fused)  # the authors'
+        if args.compile:
+            policy.velocity, rollout_policy.velocity = torch.compile(policy.velocity), torch.compile(rollout_policy.velocity)
+        prefix_cache = args.prefix_cache or ("device" if args.train == "expert" else "off")
+        H, A = policy.config.horizon, policy.config.action_dim
+        execute = args.execute or policy.meta.get("execute", H)
+        if execute > H:
+            raise envs.EnvError(f"--execute {execute} is longer than the {H} actions that {checkpoint} predicts")
+        K = args.num_steps
+        mask = torch.zeros(H, A, dtype=torch.bool, device=device)  # what is executed of a chunk
+        mask[:execute, : len(policy.processor.action_stats.mean)] = True
+
+        # Environments
+        venv = envs.make(
+            args.env_id, args.num_envs, obs_mode=args.obs_mode, seed=args.seed, chunk=execute,
+            image_size=policy.config.image_size, observe_terminal=False,
+        )  # fmt: skip
+        atexit.register(venv.close)  # workers and shared memory go with the program, however it ends
+        for name, given, expected in (
+            ("state", venv.single_observation_space["state"].shape[0], len(policy.processor.state_stats.mean)),
+            ("action", venv.action_dim, len(policy.processor.action_stats.mean)),
+        ):
+            if given != expected:
+                raise envs.EnvError(f"{checkpoint} takes {expected} {name} dimensions, {args.env_id} has {given}: use its policy")
+
+        # Resume
+        iteration, env_steps, trained_s, curve, peak_gb = 0, 0, 0.0, [], 0.0
+        adapters = {"policy": parameters, "rollout_policy": rollout_parameters} if lora else {}  # what checkpoints do not hold
+        if args.resume:
+            if not lora:
+                policies.load_weights(rollout_policy, run / "rollout_policy" / "model.safetensors")
+            progress = policies.load_training(run, optimizer, rng, adapters)
+            iteration, env_steps, trained_s, curve = (progress[k] for k in ("iteration", "env_steps", "trained_s", "curve"))
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "args.json").write_text(json.dumps(asdict(args) | {"resume": None}, indent=2))
+        if args.track:
+            import wandb
+
+            wandb.init(project="pi-stepnft", name=run.name, config=asdict(args), sync_tensorboard=True,
+                       mode=None if os.environ.get("WANDB_API_KEY") else "offline")  # fmt: skip
+        writer = SummaryWriter(str(run))
+        writer.add_text("hyperparameters", json.dumps(asdict(args), indent=2))
+
+        def success_rate(which: policies.Pi05, episodes: int, label: str):
+            """Success by the ODE on held-out seeds, the same ones and the same noise every time."""
+            which.eval()
+            generator = torch.Generator(device).manual_seed(0)
+            return evaluate(venv, lambda obs, text: which.act(obs, text, K, generator), episodes, execute=execute,
+                            seed=args.eval_seed, progress=label)  # fmt: skip
+
+        def note(result) -> None:
+            """Add an evaluation to the learning curve."""
+            curve.append(dict(iteration=iteration, env_steps=env_steps, minutes=trained_s / 60, success=result.rate,
+                              interval=result.interval, episodes=len(result.success)))  # fmt: skip
+            writer.add_scalar("eval/success", result.rate, iteration)
+
+        def save() -> None:
+            policy.meta = rollout_policy.meta = policy.meta | {
+                "execute": execute, "num_steps": K, "nft": {"iteration": iteration, "env_steps": env_steps, "seed": args.seed},
+            }  # fmt: skip
+            policies.save(policy, run / "policy")
+            policies.save(rollout_policy, run / "rollout_policy")
+            progress = dict(iteration=iteration, env_steps=env_steps, trained_s=trained_s, curve=curve)
+            policies.save_training(run, optimizer, rng, progress, adapters)
+            plot_curve(curve, run / "curve.png", f"{args.env_id} ({args.obs_mode}), seed {args.seed}")
+
+        if not curve:
+            before = success_rate(policy, args.final_eval_episodes, "evaluation before")
+            note(before)
+            print(f"before: {before}")
+        start, trained_before_s = time.time() - trained_s, trained_s
+        bar = tqdm(total=args.iterations, initial=iteration, desc="NFT", smoothing=0.1)
+        while iteration < args.iterations and not 0 < 60 * args.max_minutes < trained_s - trained_before_s:
+            # ------------------------------------------------------------------ rollout: act with θ_old by the ODE, remember chunks
+            began = time.time()
+            chunks, success, lost, group = [], [], [], []
+            stored = policies.Rows(device if prefix_cache == "device" else "cpu")  # each chunk's prefix, or what it is made of
+            rollout_policy.eval()
+            with torch.inference_mode():
+                for epoch in range(args.rollout_epochs):
+                    seeds = rng.integers(envs.TRAIN_SEEDS, size=args.num_envs // args.group_size).repeat(args.group_size)
+                    obs, _ = venv.reset(seed=seeds)
+                    running, gone = np.ones(args.num_envs, bool), np.zeros(args.num_envs, bool)
+                    position = 0
+                    while running.any() and not 0 < args.rollout_steps <= position * execute:
+                        index = np.flatnonzero(running)
+                        images, image_mask, tokens, token_mask, state = policy.processor(
+                            {k: v[index] for k, v in obs.items()}, [venv.instructions[i] for i in index]
+                        )
+                        prefix = rollout_policy.encode_prefix(images, image_mask, tokens, token_mask)
+                        x = rollout_policy.sample(prefix, state, num_steps=K)
+                        stored.append(policies.Inputs(images, image_mask, tokens, token_mask) if prefix_cache == "off" else prefix)
+                        chunks.append((state, x, epoch * args.num_envs + index, np.full(len(index), position)))
+                        position += 1
+                        actions = np.zeros((args.num_envs, execute, venv.action_dim), np.float32)
+                        chunk = policy.processor.unnormalize_actions(x[:, :execute], obs["state"][index])
+                        actions[index] = chunk.cpu().numpy()
+                        obs, _, terminated, truncated, info = venv.step(actions)
+                        env_steps += int(info["steps"].sum())
+                        running &= ~(terminated | truncated)
+                        gone |= info["lost"]
+                    success.append(info["success"])
+                    lost.append(gone)
+                    group.append(epoch * args.num_envs + np.arange(args.num_envs) // args.group_size)
+            rollout_s, rollout_gb = time.time() - began, policies.memory_gb(device)
+
+            # ------------------------------------------------------------------ optimality
+            success, lost, group = np.concatenate(success), np.concatenate(lost), np.concatenate(group)
+            episode, position = (np.concatenate([c[i] for c in chunks]) for i in (2, 3))  # (M,) of each chunk
+            group[lost] = -1 - np.flatnonzero(lost)  # nobody is compared with a lost episode
+            r, keep = chunk_optimality(success, group, episode, position, args.labels)
+            keep &= ~lost[episode]
+            used = torch.from_numpy(np.flatnonzero(keep)).to(device)
+            b_r = torch.from_numpy(r).float().to(device)[used]
+            b_state, b_x = (torch.cat([c[i] for c in chunks]).clone()[used] for i in (0, 1))  # (M, S), (M, H, A)
+            M = len(used)
+            del chunks
+
+            # ------------------------------------------------------------------ update θ
+            policy.train()
+            sums, updates = {}, 0
+            for param_group in optimizer.param_groups:
+                param_group["lr"] = args.learning_rate * min(1.0, (iteration + 1) / max(1, args.warmup_iterations))
+            for _ in range(args.update_epochs if M else 0):  # nothing to learn from where no group has contrast
+                for minibatch in torch.randperm(M, device=device).chunk(args.num_minibatches):
+                    optimizer.zero_grad()
+                    for mb in minibatch.split(args.micro_batch or M):  # the loss is a mean over chunks, so are the gradients
+                        share = len(mb) / len(minibatch)
+                        prefix = old_prefix = stored[used[mb]].to(device)
+                        if prefix_cache == "off":
+                            inputs, prefix = prefix, policy.encode_prefix(*prefix)
+                            with torch.no_grad():  # a frozen VLM is θ_old's too
+                                old_prefix = prefix if args.train == "expert" else rollout_policy.encode_prefix(*inputs)
+                        x_0 = b_x[mb, None].expand(-1, args.draws, -1, -1)  # (b, n, H, A): draws that share a prefix
+                        t, noise = torch.rand(x_0.shape[:2], device=device), torch.randn_like(x_0)
+                        x_t = x_0.lerp(noise, t[..., None, None])  # the forward process
+                        v_theta = policy.velocity(prefix, b_state[mb], x_t, t).float()
+                        with torch.no_grad():
+                            v_old = rollout_policy.velocity(old_prefix, b_state[mb], x_t, t).float()
+                        points = (v_theta, v_old, noise - x_0, b_r[mb, None].expand_as(t), t)
+                        v_theta, v_old, target_v, r, t = (x.flatten(0, 1) for x in points)  # (b · n, …)
+                        loss, metrics = nft_loss(v_theta, v_old, target_v, r, beta=args.beta,
+                                                 t=t if args.weighting == "adaptive" else None, mask=mask)  # fmt: skip
+                        (share * loss).backward()
+                        for name, value in {**metrics, "loss": loss.detach()}.items():
+                            sums[name] = sums.get(name, 0.0) + share * value.item()
+                    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+                    if not torch.isfinite(grad_norm):  # keep the weights that still work
+                        raise envs.EnvError(f"the gradient is not finite at iteration {iteration}: lower --learning-rate; "
+                                            f"the last checkpoint in {run} is intact")  # fmt: skip
+                    optimizer.step()
+                    updates += 1
+                    sums["grad_norm"] = sums.get("grad_norm", 0.0) + grad_norm.item()
+
+            # ------------------------------------------------------------------ update θ_old
+            alpha = ema_decay(iteration, args.ema_start, args.ema_end, args.ema_horizon)
+            update_rollout_policy(rollout_parameters, parameters, alpha)
+
+            # ------------------------------------------------------------------ log, evaluate, save
+            iteration += 1
+            last = iteration == args.iterations
+            trained_s = time.time() - start
+            steps_per_s = env_steps / trained_s
+            update_gb = policies.memory_gb(device)
+            peak_gb = max(peak_gb, rollout_gb, update_gb)
+            for name, value in {
+                "charts/rollout_success": success[~lost].mean(), "charts/SPS": steps_per_s, "charts/env_steps": env_steps,
+                "charts/rollout_s": rollout_s, "charts/update_s": time.time() - began - rollout_s, "charts/signal": keep.mean(),
+                "charts/memory_rollout_gb": rollout_gb, "charts/memory_update_gb": update_gb,
+                "charts/optimality_mean": b_r.mean().item() if M else 0.5, "charts/ema_decay": alpha,
+                "charts/learning_rate": optimizer.param_groups[0]["lr"],
+                **{f"losses/{name}": value / max(1, updates) for name, value in sums.items()},
+            }.items():  # fmt: skip
+                writer.add_scalar(name, value, iteration)
+            bar.update()
+            bar.set_postfix(success=f"{100 * success.mean():.0f}%", SPS=f"{steps_per_s:.0f}", refresh=False)
+            if args.eval_every and iteration % args.eval_every == 0 and not last:
+                result = success_rate(policy, args.eval_episodes, "evaluation")
+                note(result)
+                tqdm.write(f"iteration {iteration}, {env_steps} environment steps, {trained_s / 60:.1f} min: {result}")
+                start = time.time() - trained_s  # evaluations do not count as training time
+            if iteration % args.save_every == 0 or last:
+                save()
+        bar.close()
+
+        # ---------------------------------------------------------------------- before → after
+        after = success_rate(policy, args.final_eval_episodes, "evaluation of θ")
+        after_old = success_rate(rollout_policy, args.final_eval_episodes, "evaluation of θ_old")
+        note(after)
+        save()
+        if args.video:
+            generator = torch.Generator(device).manual_seed(0)
+            record(venv, lambda obs, text: policy.act(obs, text, K, generator), f"videos/{run.name}.mp4", execute=execute,
+                   seed=args.eval_seed)  # fmt: skip
+        venv.close()
+        writer.add_scalar("eval/success_rollout_policy", after_old.rate, iteration)
+        writer.close()
+        outcome = ("success", "interval", "episodes")
+        result = dict(
+            command="python " + shlex.join(sys.argv), algorithm="nft_pi05", env_id=args.env_id, obs_mode=args.obs_mode,
+            seed=args.seed, checkpoint=checkpoint, iterations=iteration, env_steps=env_steps, training_minutes=trained_s / 60,
+            parameters_trained=sum(p.numel() for p in parameters), peak_memory_gb=peak_gb,
+            forward_passes=2 * args.draws,  # velocities of a chunk in one pass of the update: θ's, and θ_old's without gradient
+            before={k: curve[0][k] for k in outcome}, after={k: curve[-1][k] for k in outcome},
+            after_rollout_policy=dict(success=after_old.rate, interval=after_old.interval, episodes=len(after_old.success)),
+            versions=dict(torch=torch.__version__, python=sys.version.split()[0]), args=asdict(args), curve=curve,
+        )  # fmt: skip
+        (run / "result.json").write_text(json.dumps(result, indent=2))
+        low, high = curve[0]["interval"]
+        print(f"checkpoints, curve.png and result.json in {run}" + (f", video in videos/{run.name}.mp4" if args.video else ""))
+        print(
+            f"{args.env_id} ({args.obs_mode}): {100 * curve[0]['success']:.1f} % [{100 * low:.1f}, {100 * high:.1f}] → {after} (θ; "
+            f"rollout policy θ_old: {after_old}) after {env_steps} environment steps in {trained_s / 60:.1f} min of training"
+        )
+    except (envs.EnvError, policies.CheckpointError, OSError) as error:  # OSError: a full disk, a folder that is not ours
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; go on with --resume and the run's folder under runs/")
