@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ABLATIONS = {
     f"stepnft-{name}": ("stepnft_pi0", extra)
     for name, extra in {
-        # the paper's (Tables and figures of its ablation study), each one change to the defaults of the file
+        # the ablations of the paper, each a change to the defaults of the file
         "target-mean": "--target mean",
         "target-x0": "--target x0",
         "target-x0-ema-start-0.9": "--target x0 --ema-start 0.9",
@@ -234,7 +234,7 @@ def run(job: Job) -> None:
             if code or not state:
                 output = Path(log.name).read_bytes()[began:].decode(errors="replace")
                 tail = [line for line in re.split(r"[\r\n]+", output) if line.strip()][-15:]
-                hint = f"; to begin anew, delete {job.state.relative_to(ROOT)}" if state else ""
+                hint = f"; to begin anew, delete {job.state.relative_to(ROOT)}" if interrupted(job) else ""
                 raise RunError("\n    ".join([f"exit status {code}{hint}; the end of {log.name}:", *tail]))
     result = read(ROOT / state["run"] / "result.json")
     if "--resume" in result["command"]:
@@ -281,9 +281,9 @@ def run_all(jobs: list[Job]) -> dict[str, str]:
     failed, missing = {}, [job for job in jobs if not job.target.exists()]
     bar = tqdm(missing, desc="runs", smoothing=0, disable=not missing)
     for job in bar:
-        tqdm.write(f"{job.name}: {status(job)}, {job.command}")
         bar.set_postfix_str(job.name)
         try:
+            tqdm.write(f"{job.name}: {status(job)}, {job.command}")
             run(job)
         except Exception as error:  # whatever it is, the others go on
             failed[job.name] = str(error) if isinstance(error, RunError) else repr(error)
@@ -358,7 +358,7 @@ def summary_row(label: str, runs: list[dict]) -> list[str]:
     memory = [value for value in every("peak_memory_gb") if value is not None]
     return [
         label, ", ".join(map(str, every("seed"))), success("before"), success("after"), success("ood"),
-        reached("env_steps", form=".0f", scale=1e-3), reached("minutes"), f"{max(memory):.1f}" if memory else "–",
+        reached("env_steps", form=".0f", scale=1e-3), reached("minutes"), f"{max(memory):.2f}" if memory else "–",
         *(spread(sorted(set(every(key)) - {None}), ",.0f") for key in ("parameters_trained", "forward_passes")),
     ]  # fmt: skip
 

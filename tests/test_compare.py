@@ -265,14 +265,14 @@ def test_summary_of_three_seeds(root):
         store(root, "ppo", result(success, seed=seed, peak_memory_gb=memory, **more))
     row = cells(compare.summary(compare.load(root / "benchmarks" / "results")).splitlines()[2])
     assert row[:5] == ["ppo", "1, 2, 3", "50.0 (50.0–50.0)", "75.0 (70.0–80.0)", "–"]
-    assert row[5:] == ["2 (1–2), 2 of 3 seeds", "1.5 (1.0–2.0), 2 of 3 seeds", "3.0", "1,234,567", "4"]
+    assert row[5:] == ["2 (1–2), 2 of 3 seeds", "1.5 (1.0–2.0), 2 of 3 seeds", "3.00", "1,234,567", "4"]
 
 
 def test_what_is_not_measured_is_a_dash_and_what_is_is_not():
     old = result([0.5, 0.6]) | {"label": "ppo"}
     assert cells(compare.summary([old]).splitlines()[2]) == ["ppo", "1", "50.0", "60.0", "–", "–", "–", "–", "–", "–"]
     new = old | {"ood": dict(success=0.0), "peak_memory_gb": 0.5, "parameters_trained": 10, "forward_passes": 1}
-    assert cells(compare.summary([new]).splitlines()[2])[4:] == ["0.0", "–", "–", "0.5", "10", "1"]
+    assert cells(compare.summary([new]).splitlines()[2])[4:] == ["0.0", "–", "–", "0.50", "10", "1"]
     row = cells(compare.each_run([old]).splitlines()[2])
     assert row == ["ppo", "1", "50.0 [40.0, 60.0]", "60.0 [50.0, 70.0]", "–", "1", "1.0"]
 
