@@ -64,10 +64,19 @@ class Args:
     """solver steps K (authors: 4)"""
     noise_level: float = 0.7
     """a of σ_t = a·sqrt(t / (1 − t)), the exploration noise on every solver step (authors: 0.2)"""
-    transitions: Literal["random", "all"] = "all"
-    """which solver transitions of a chunk to learn from: one random (the paper) or all K (same environment cost)"""
-    labels: Literal["binary", "group"] = "group"
-    """binary: ±1 by success (the paper); group: success relative to the episodes from the same initial state"""
+    noise_end: float | None = None
+    """noise level at the last iteration, of a straight line from --noise-level; default: constant (the paper)"""
+    sampler: Literal["sde", "ode"] = "sde"
+    """sde: noise on every solver step; ode: none but the initial one, with unit variance in the loss (needs --target x0 or mean)"""
+    transitions: Literal["random", "all"] | int = "all"
+    """which solver transitions of a chunk to learn from: one random (the paper), all K (same environment cost), or this step"""
+    labels: Literal["binary", "group", "gae"] = "group"
+    """binary: ±1 by success (the paper); group: success relative to the episodes from the same initial state; gae: generalised
+    advantages with their share of success as the value"""
+    gamma: float = 0.99
+    """discount per chunk of label gae (as the authors' PPO)"""
+    gae_lambda: float = 0.95
+    """λ of label gae (as the authors' PPO)"""
     group_size: int = 16
     """episodes from one initial state (authors: 1; label group needs more)"""
 
@@ -82,6 +91,12 @@ class Args:
     """iterations of linear learning-rate warm-up"""
     max_grad_norm: float = 1.0
     """gradient clipping (authors: 1)"""
+    loss: Literal["ranking", "wmse", "positive", "negative"] = "ranking"
+    """ranking: logistic, of both branches (the paper); wmse: their squared errors weighted by the label, as in DiffusionNFT;
+    positive, negative: ranking of what succeeded or failed only"""
+    target: Literal["xnext", "mean", "x0"] = "xnext"
+    """what the branches have to explain: xnext: the sampled next solver state (the paper); mean: the mean of a step that heads for
+    the executed chunk; x0: the executed chunk itself, by where the branches' straight paths end"""
     beta: float = 1.0
     """β, how far the mirrored branches v_old ± β·Δv lie apart (authors: 1)"""
     max_drift: float = 0.5
@@ -195,12 +210,17 @@ def stepnft_loss(
     tr_coef: float = 1e-4,
     std_eps: float = 1e-4,
     granularity: str = "position",
+    loss: str = "ranking",
+    target: str = "xnext",
     mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Align: rank the mirrored branches v± = v_old ± β·Δv by how well their solver step explains the remembered x_next.
 
     v_theta, v_old, x_t, x_next: (B, H, A); step: (B,) int in [0, num_steps); labels y: (B,) in [-1, 1], +1 after success.
     granularity: "position" ranks each of the H action positions (the released code), "chunk" their sum (the paper).
+    loss: "ranking" as below; "wmse" the branches' squared errors weighted by the label, ½·(r·E⁺ + (1 − r)·E⁻) with r = (1 + y)/2;
+    "positive", "negative" rank only what has a label above or below zero. target: with "x0" the branches are judged by where their
+    straight paths end, x_t − t·v±, and x_next holds the executed chunk; the other targets differ in x_next alone.
     mask: (H, A) or (B, H, A) bool, entries that count; None counts all, padded ones included (the released code).
 
         loss = softplus( ½·y·(E⁺ − E⁻) ) + λ·mean (v_θ − v_old)²,   E± = Σ (x_next − μ(v±))² / (std² + std_eps)
@@ -218,30 +238,36 @@ def stepnft_loss(
     kwargs = dict(num_steps=num_steps, noise_level=noise_level)
     mean_plus, std = flow_sde_step(x_t, v_old + beta * dv, step, **kwargs)
     mean_minus, _ = flow_sde_step(x_t, v_old - beta * dv, step, **kwargs)
+    if target == "x0":
+        t = (1 - step / num_steps).view(-1, 1, 1)
+        mean_plus, mean_minus = (x_t - t * (v_old + sign * beta * dv) for sign in (1, -1))
     variance = std**2 + std_eps
     energy_plus = (weight * (x_next - mean_plus) ** 2 / variance).sum(-1)  # (B, H)
     energy_minus = (weight * (x_next - mean_minus) ** 2 / variance).sum(-1)
-    y = labels.view(-1, 1)
+    y = {"positive": labels.clamp(min=0), "negative": labels.clamp(max=0)}.get(loss, labels).view(-1, 1)
     counted = weight.amax(-1)  # (B, H) positions with anything to rank
     if granularity == "chunk":
         energy_plus, energy_minus = energy_plus.sum(1, keepdim=True), energy_minus.sum(1, keepdim=True)  # (B, 1)
         counted = torch.ones_like(energy_plus)
     margin = 0.5 * y * (energy_plus - energy_minus)  # negative where the ranking agrees with the label
-    ranking = (F.softplus(margin) * counted).sum() / counted.sum()
-    loss = ranking + tr_coef * difference.square().sum() / weight.sum()
+    values = F.softplus(margin)
+    if loss == "wmse":  # its slope at θ = θ_old is the ranking's
+        values = 0.25 * ((1 + y) * energy_plus + (1 - y) * energy_minus)
+    ranking = (values * counted).sum() / counted.sum()
+    total = ranking + tr_coef * difference.square().sum() / weight.sum()
     with torch.no_grad():
-        positions = weight.amax(-1, keepdim=True)
+        positions, ranked = weight.amax(-1, keepdim=True), counted * (y != 0)
         metrics = dict(
             ranking=ranking.detach(),
-            pref_acc=((margin < 0) * counted).sum() / counted.sum(),
+            pref_acc=((margin < 0) * ranked).sum() / ranked.sum().clamp(min=1),
             drift=(norm * positions).sum() / positions.sum(),
             drift_limited=((norm > max_drift) * positions).sum() / positions.sum(),
         )
-    return loss, metrics
+    return total, metrics
 
 
 def chunk_labels(
-    success: np.ndarray, group: np.ndarray, episode: np.ndarray, position: np.ndarray, kind: str
+    success: np.ndarray, group: np.ndarray, episode: np.ndarray, position: np.ndarray, kind: str, *, gamma=1.0, gae_lambda=1.0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Labels y in [-1, 1] of M chunks, and which of them carry signal (M,) bool.
 
@@ -249,13 +275,21 @@ def chunk_labels(
     its number in it. "binary": ±1 by the episode's success. "group": success compared with the share p of success among the
     episodes from the same initial state that were still running at this position, y = (success − p) / max(p, 1 − p), whose mean
     is zero. Where all of them succeed, or none does, the outcome tells nothing about the actions, and the chunks are dropped.
+    "gae": the generalised advantage, with p as the value, in place of success − p, which it is for gamma = gae_lambda = 1; the
+    quotient is clipped to [-1, 1].
     """
     y = success[episode].astype(float)  # (M,)
     if kind == "binary":
         return 2 * y - 1, np.ones(len(y), bool)
     _, peers = np.unique(np.stack([group[episode], position]), axis=1, return_inverse=True)  # (M,)
     p = (np.bincount(peers, weights=y) / np.bincount(peers))[peers]
-    return (y - p) / np.maximum(p, 1 - p), (p > 0) & (p < 1)
+    advantage = y - p
+    if kind == "gae":
+        order = np.lexsort((-position, episode))  # from each episode's last chunk to its first
+        for i, later in zip(order, np.concatenate(([-1], order))):
+            if later >= 0 and episode[later] == episode[i]:  # no reward between chunks: δ = γ·p′ − p
+                advantage[i] = gamma * p[later] - p[i] + gamma * gae_lambda * advantage[later]
+    return np.clip(advantage / np.maximum(p, 1 - p), -1, 1), (p > 0) & (p < 1)
 
 
 def ema_decay(iteration: int, start: float, end: float, horizon: int) -> float:
@@ -283,18 +317,22 @@ def check(args: Args) -> None:
                  "eval_seed", "num_threads", "micro_batch"):  # fmt: skip
         if not getattr(args, name) >= 0:
             raise envs.EnvError(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
-    for name in ("noise_level", "learning_rate", "beta", "max_drift", "max_grad_norm", "lora_alpha"):
-        if not getattr(args, name) > 0:
+    for name in ("noise_level", "noise_end", "learning_rate", "beta", "max_drift", "max_grad_norm", "lora_alpha"):
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise envs.EnvError(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
-    for name in ("ema_start", "ema_end"):
+    for name in ("ema_start", "ema_end", "gamma", "gae_lambda"):
         if not 0 <= getattr(args, name) <= 1:
             raise envs.EnvError(f"--{name.replace('_', '-')} must lie between 0 and 1, got {getattr(args, name)}")
     if args.device not in ("auto", "cpu", "cuda") or (args.device == "cuda" and not torch.cuda.is_available()):
         raise envs.EnvError(f"--device must be auto, cpu, or cuda where PyTorch finds a GPU, got {args.device}")
     if args.num_envs % args.group_size:
         raise envs.EnvError(f"--num-envs {args.num_envs} must be a multiple of --group-size {args.group_size}")
-    if args.labels == "group" and args.group_size < 2:
-        raise envs.EnvError("--labels group compares episodes from one initial state: give --group-size of at least 2")
+    if args.labels != "binary" and args.group_size < 2:
+        raise envs.EnvError(f"--labels {args.labels} compares episodes from one initial state: give --group-size of at least 2")
+    if isinstance(args.transitions, int) and not 0 <= args.transitions < args.num_steps:
+        raise envs.EnvError(f"--transitions {args.transitions} is no solver step: they go from 0 to {args.num_steps - 1}")
+    if args.sampler == "ode" and (args.target == "xnext" or args.noise_end is not None):
+        raise envs.EnvError("--sampler ode has no noise to learn from or to schedule: give --target x0 or mean, and no --noise-end")
     if args.train != "expert" and args.prefix_cache in ("device", "cpu"):
         raise envs.EnvError(f"--prefix-cache {args.prefix_cache} needs a frozen VLM, --train {args.train} changes it: "
                             "leave --prefix-cache out, or add --train expert")  # fmt: skip
@@ -352,7 +390,7 @@ if __name__ == "__main__":
         execute = args.execute or policy.meta.get("execute", H)
         if execute > H:
             raise envs.EnvError(f"--execute {execute} is longer than the {H} actions that {checkpoint} predicts")
-        K = args.num_steps
+        K, std_eps = args.num_steps, 1.0 if args.sampler == "ode" else args.std_eps  # ode: the variance is 0 + 1
         mask = torch.ones(H, A, dtype=torch.bool, device=device)
         if args.mask_padding:
             mask[execute:] = False
@@ -372,7 +410,7 @@ if __name__ == "__main__":
                 raise envs.EnvError(f"{checkpoint} takes {expected} {name} dimensions, {args.env_id} has {given}: use its policy")
 
         # Resume
-        iteration, env_steps, trained_s, curve = 0, 0, 0.0, []
+        iteration, env_steps, trained_s, curve, peak_gb = 0, 0, 0.0, [], 0.0
         adapters = {"policy": parameters, "rollout_policy": rollout_parameters} if lora else {}  # what checkpoints do not hold
         if args.resume:
             if not lora:
@@ -421,6 +459,8 @@ if __name__ == "__main__":
         while iteration < args.iterations and not 0 < 60 * args.max_minutes < trained_s - trained_before_s:
             # ------------------------------------------------------------------ rollout: explore with θ_old, remember transitions
             began = time.time()
+            noise_ends = (args.noise_level, args.noise_level if args.noise_end is None else args.noise_end)
+            noise_level = float(np.interp(iteration, (0, max(1, args.iterations - 1)), noise_ends)) * (args.sampler == "sde")
             chunks, success, lost, group = [], [], [], []
             stored = policies.Rows(device if prefix_cache == "device" else "cpu")  # each chunk's prefix, or what it is made of
             rollout_policy.eval()
@@ -436,7 +476,7 @@ if __name__ == "__main__":
                             {k: v[index] for k, v in obs.items()}, [venv.instructions[i] for i in index]
                         )
                         prefix = rollout_policy.encode_prefix(images, image_mask, tokens, token_mask)
-                        xs, vs = flow_sde_sample(rollout_policy, prefix, state, num_steps=K, noise_level=args.noise_level)
+                        xs, vs = flow_sde_sample(rollout_policy, prefix, state, num_steps=K, noise_level=noise_level)
                         stored.append(policies.Inputs(images, image_mask, tokens, token_mask) if prefix_cache == "off" else prefix)
                         chunks.append((state, xs, vs, epoch * args.num_envs + index, np.full(len(index), position)))
                         position += 1
@@ -456,7 +496,8 @@ if __name__ == "__main__":
             success, lost, group = np.concatenate(success), np.concatenate(lost), np.concatenate(group)
             episode, position = (np.concatenate([c[i] for c in chunks]) for i in (3, 4))  # (M,) of each chunk
             group[lost] = -1 - np.flatnonzero(lost)  # nobody is compared with a lost episode
-            labels, keep = chunk_labels(success, group, episode, position, args.labels)
+            kwargs = dict(gamma=args.gamma, gae_lambda=args.gae_lambda)
+            labels, keep = chunk_labels(success, group, episode, position, args.labels, **kwargs)
             keep &= ~lost[episode]
             used = torch.from_numpy(np.flatnonzero(keep)).to(device)
             b_labels = torch.from_numpy(labels).float().to(device)[used]
@@ -465,6 +506,8 @@ if __name__ == "__main__":
             b_step = torch.arange(K, device=device).expand(M, K)  # (M, transitions per chunk)
             if args.transitions == "random":
                 b_step = torch.randint(K, (M, 1), device=device)
+            elif args.transitions != "all":
+                b_step = b_step[:, args.transitions, None]
             del chunks
 
             # ------------------------------------------------------------------ update θ
@@ -483,11 +526,17 @@ if __name__ == "__main__":
                         step, row = b_step[mb], mb[:, None]  # (b, n): n transitions per chunk, which share its prefix
                         x_t, x_next, v_old = b_x[row, step], b_x[row, step + 1], b_v[row, step]  # (b, n, H, A)
                         v_theta = policy.velocity(prefix, b_state[mb], x_t, 1 - step / K).float()
-                        transitions = (v_theta, v_old, x_t, x_next, step, b_labels[row].expand_as(step))
+                        transitions = (v_theta, v_old, x_t, x_next, b_x[row, K].expand_as(x_t), step, b_labels[row].expand_as(step))
+                        v_theta, v_old, x_t, x_next, x_0, step, y = (x.flatten(0, 1) for x in transitions)  # (b · n, …)
+                        if args.target == "x0":
+                            x_next = x_0
+                        elif args.target == "mean":
+                            straight = (x_t - x_0) / (1 - step / K).view(-1, 1, 1)  # the velocity that leads to the executed chunk
+                            x_next, _ = flow_sde_step(x_t, straight, step, num_steps=K, noise_level=noise_level)
                         loss, metrics = stepnft_loss(
-                            *(x.flatten(0, 1) for x in transitions), num_steps=K, noise_level=args.noise_level, beta=args.beta,
-                            max_drift=args.max_drift, tr_coef=args.tr_coef, std_eps=args.std_eps, granularity=args.granularity,
-                            mask=mask,
+                            v_theta, v_old, x_t, x_next, step, y, num_steps=K, noise_level=noise_level, beta=args.beta,
+                            max_drift=args.max_drift, tr_coef=args.tr_coef, std_eps=std_eps, granularity=args.granularity,
+                            loss=args.loss, target=args.target, mask=mask,
                         )  # fmt: skip
                         (share * loss).backward()
                         for name, value in {**metrics, "loss": loss.detach()}.items():
@@ -509,12 +558,14 @@ if __name__ == "__main__":
             last = iteration == args.iterations
             trained_s = time.time() - start
             steps_per_s = env_steps / trained_s
+            update_gb = policies.memory_gb(device)
+            peak_gb = max(peak_gb, rollout_gb, update_gb)
             for name, value in {
                 "charts/rollout_success": success[~lost].mean(), "charts/SPS": steps_per_s, "charts/env_steps": env_steps,
                 "charts/rollout_s": rollout_s, "charts/update_s": time.time() - began - rollout_s, "charts/signal": keep.mean(),
-                "charts/memory_rollout_gb": rollout_gb, "charts/memory_update_gb": policies.memory_gb(device),
+                "charts/memory_rollout_gb": rollout_gb, "charts/memory_update_gb": update_gb,
                 "charts/label_mean": b_labels.mean().item() if M else 0.0, "charts/ema_decay": alpha,
-                "charts/learning_rate": optimizer.param_groups[0]["lr"],
+                "charts/learning_rate": optimizer.param_groups[0]["lr"], "charts/noise_level": noise_level,
                 **{f"losses/{name}": value / max(1, updates) for name, value in sums.items()},
             }.items():  # fmt: skip
                 writer.add_scalar(name, value, iteration)
@@ -543,8 +594,10 @@ if __name__ == "__main__":
         writer.close()
         outcome = ("success", "interval", "episodes")
         result = dict(
-            command="python " + shlex.join(sys.argv), env_id=args.env_id, obs_mode=args.obs_mode, seed=args.seed,
-            checkpoint=checkpoint, iterations=iteration, env_steps=env_steps, training_minutes=trained_s / 60,
+            command="python " + shlex.join(sys.argv), algorithm="stepnft_pi0", env_id=args.env_id, obs_mode=args.obs_mode,
+            seed=args.seed, checkpoint=checkpoint, iterations=iteration, env_steps=env_steps, training_minutes=trained_s / 60,
+            parameters_trained=sum(p.numel() for p in parameters), peak_memory_gb=peak_gb,
+            forward_passes=K if args.transitions == "all" else 1,  # velocities of a chunk in one pass of the update
             before={k: curve[0][k] for k in outcome}, after={k: curve[-1][k] for k in outcome},
             after_rollout_policy=dict(success=after_old.rate, interval=after_old.interval, episodes=len(after_old.success)),
             versions=dict(torch=torch.__version__, python=sys.version.split()[0]), args=asdict(args), curve=curve,

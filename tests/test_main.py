@@ -131,6 +131,11 @@ def scalars(folder: Path) -> dict[str, dict[int, float]]:
         (dict(device="gpu"), "--device"),
         (dict(num_envs=10, group_size=4), "--num-envs 10 must be a multiple of --group-size 4"),
         (dict(labels="group", group_size=1), "--group-size"),
+        (dict(labels="gae", group_size=1), "--labels gae"),
+        (dict(gamma=1.1), "--gamma"),
+        (dict(noise_end=0.0), "--noise-end"),
+        (dict(transitions=4), "--transitions 4 is no solver step: they go from 0 to 3"),
+        (dict(sampler="ode"), "--target x0 or mean"),
     ],
 )
 def test_arguments_that_cannot_work_are_named_in_one_line(arguments, named):
@@ -262,6 +267,8 @@ def test_an_rgb_run_leaves_everything_behind_and_can_be_resumed(checkpoints, tmp
     assert result["checkpoint"] == str(checkpoints["rgb"]) and result["args"]["num_envs"] == 2
     assert "algos/stepnft_pi0.py" in result["command"] and "--seed 3" in result["command"]
     assert 0 < result["env_steps"] <= 2 * 4 * 50  # iterations, episodes, their limit
+    assert result["algorithm"] == "stepnft_pi0" and result["forward_passes"] == 4  # all K transitions of a chunk
+    assert result["parameters_trained"] == sum(initial[name].numel() for name in trained) and result["peak_memory_gb"] > 0.1
     assert result["training_minutes"] > 0 and result["versions"]["torch"] == torch.__version__
     for name in ("before", "after", "after_rollout_policy"):
         low, high = result[name]["interval"]
@@ -332,6 +339,32 @@ def test_an_iteration_without_contrast_changes_nothing(state_run, checkpoints, t
     logged = scalars(folder)
     assert logged["charts/signal"][1] == 0 and logged["charts/rollout_success"][1] == 0
     assert same(weights(folder / "policy"), weights(checkpoints["state"]))
+
+
+@pytest.mark.parametrize("sampler", ["sde", "ode"])
+def test_the_ablations_change_what_they_say(sampler, state_run, tmp_path):
+    """One fixed transition is learnt from, the noise falls on a straight line, and each target gives a loss of its own."""
+    _, arguments = state_run
+    times, rankings = [], []
+    velocity = policies.Pi0.velocity
+
+    def spy(policy, prefix, state, x_t, t):
+        if policy.training:
+            times.extend(t.flatten().tolist())
+        return velocity(policy, prefix, state, x_t, t)
+
+    options = ["--noise-end", 0.1, "--noise-level", 0.5, "--iterations", 3] if sampler == "sde" else ["--iterations", 1]
+    for target in ("mean", "x0"):
+        with mock.patch.object(policies.Pi0, "velocity", spy):
+            folder = train(tmp_path / target, *arguments, "--sampler", sampler, "--target", target, "--transitions", 2,
+                           "--loss", "wmse", *options)  # fmt: skip
+        logged = scalars(folder)
+        rankings.append(logged["losses/ranking"][1])
+        noise = list(logged["charts/noise_level"].values())
+        assert noise == (pytest.approx([0.5, 0.3, 0.1]) if sampler == "sde" else [0.0])
+        assert json.loads((folder / "result.json").read_text())["forward_passes"] == 1
+    assert set(times) == {0.5}
+    assert np.isfinite(rankings).all() and rankings[0] != rankings[1]
 
 
 def test_the_time_limit_is_for_one_sitting(state_run, tmp_path):

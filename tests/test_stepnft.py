@@ -258,6 +258,48 @@ def test_masked_entries_do_not_matter(granularity):
     assert (grad[:, ~mask] == 0).all() and (grad[:, mask] != 0).all()
 
 
+# ------------------------------------------------------------------------------------------------------------ the ablations
+
+
+@BOTH
+def test_positive_and_negative_share_the_ranking_among_them(granularity):
+    data, options = transition(), dict(granularity=granularity, tr_coef=0.0)
+    grads = {kind: gradient(data, loss=kind, **options) for kind in ("ranking", "positive", "negative")}
+    good = data["labels"] > 0
+    assert 0 < good.sum() < len(good)
+    torch.testing.assert_close(grads["positive"], grads["ranking"] * good[:, None, None])
+    torch.testing.assert_close(grads["negative"], grads["ranking"] * ~good[:, None, None])
+    _, metrics = loss_of(data, **options)
+    parts = {kind: loss_of(data, loss=kind, **options)[1]["pref_acc"] for kind in ("positive", "negative")}
+    share = good.double().mean()
+    torch.testing.assert_close(metrics["pref_acc"].double(), share * parts["positive"] + (1 - share) * parts["negative"])
+
+
+@BOTH
+def test_weighted_errors_have_the_rankings_slope_at_the_rollout_policy_and_grow_with_the_drift(granularity):
+    here, options = transition(drift=0.0), dict(granularity=granularity, tr_coef=0.0)
+    here["labels"] *= 0.7
+    torch.testing.assert_close(gradient(here, loss="wmse", **options), gradient(here, **options))
+    # far along a drift that the label approves of, the ranking is content and the weighted errors pull back
+    far = transition(batch=1, horizon=1, drift=0.0)
+    far["labels"][:] = 1.0
+    towards = -gradient(far, **options)
+    far["v_theta"] = far["v_old"] + 50 * towards / towards.norm()
+    slopes = [(gradient(far, loss=kind, max_drift=1e6, **options) * towards).sum().item() for kind in ("ranking", "wmse")]
+    assert slopes[0] == pytest.approx(0, abs=1e-6) and slopes[1] > 1
+
+
+@BOTH
+@pytest.mark.parametrize("label", [1.0, -1.0])
+def test_with_target_x0_the_straight_path_moves_towards_a_good_chunk_and_away_from_a_bad_one(granularity, label):
+    data = transition(drift=0.0)
+    data["labels"][:] = label
+    moved = data["v_old"] - 1e-3 * gradient(data, granularity=granularity, target="x0")  # x_next stands for the chunk here
+    t = (1 - data["step"] / K)[:, None, None]
+    before, after = (((data["x_next"] - (data["x_t"] - t * v)) ** 2).sum((1, 2)) for v in (data["v_old"], moved))
+    assert (label * (before - after) > 0).all()
+
+
 # --------------------------------------------------------------------------------------------- labels and the rollout policy
 
 
@@ -278,6 +320,27 @@ def test_group_labels_compare_chunks_with_their_peers_and_drop_what_has_no_contr
     assert labels[3:7] == pytest.approx([-1 / 3, -1 / 3, -1 / 3, 1])  # p = 1/4: −p/(1 − p) and 1
     assert labels[7:10] == pytest.approx([-1 / 2, -1 / 2, 1])  # p = 1/3 of those still running
     assert labels[3:7].sum() == pytest.approx(0) and labels[7:10].sum() == pytest.approx(0)
+
+
+def test_gae_labels_are_group_labels_without_discount_and_mix_the_values_on_the_way_otherwise():
+    rng = np.random.default_rng(0)
+    length = rng.integers(1, 6, 32)
+    episode = np.repeat(np.arange(32), length)
+    position = np.concatenate([np.arange(n) for n in length])
+    order = np.argsort(position, kind="stable")  # as in a rollout: position by position
+    chunks = dict(success=rng.random(32) < 0.5, group=np.arange(32) // 16, episode=episode[order], position=position[order])
+    for one, other in zip(nft.chunk_labels(**chunks, kind="gae"), nft.chunk_labels(**chunks, kind="group"), strict=True):
+        np.testing.assert_allclose(one, other)
+
+    # Two episodes of one group: the first succeeds with its second chunk, the second fails with its third.
+    chunks = dict(success=np.array([True, False]), group=np.zeros(2, int), episode=np.array([0, 1, 0, 1, 1]),
+                  position=np.array([0, 0, 1, 1, 2]))  # fmt: skip
+    labels, keep = nft.chunk_labels(**chunks, kind="gae", gamma=0.9, gae_lambda=0.5)
+    assert keep.tolist() == [True, True, True, True, False]  # alone at its third chunk, the second has no peer
+    last = [1 - 0.5, 0 - 0.0]  # advantages: the outcome less the value
+    middle = 0.9 * 0.0 - 0.5 + 0.9 * 0.5 * last[1]
+    first = [0.9 * 0.5 - 0.5 + 0.9 * 0.5 * last[0], 0.9 * 0.5 - 0.5 + 0.9 * 0.5 * middle]
+    assert labels[:4] == pytest.approx(np.array([*first, last[0], middle]) / 0.5)
 
 
 def test_the_decay_rises_on_a_cosine_and_stays():
