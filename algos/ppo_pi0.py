@@ -58,8 +58,7 @@ class Args:
     execute: int = 0
     """actions executed of each predicted chunk; 0: as in the checkpoint (authors: 5, LIBERO-long 10)"""
     rollout_steps: int = 32
-    """steps after which a training episode is cut off, with the value of its last observation in place of what would follow; 0: the
-    task's own limit, as in evaluations (authors' ManiSkill: 80)"""
+    """steps after which a training episode is cut off; 0: the task's own limit, as in evaluations (authors' ManiSkill: 80)"""
     num_steps: int = 4
     """solver steps K (authors: 4)"""
     noise: Literal["sde", "learned"] = "sde"
@@ -67,13 +66,15 @@ class Args:
     noise_level: float = 0.5
     """sde: a of σ_t = a·sqrt(t / (1 − t)), the exploration noise of the one step (authors: 0.5)"""
     noise_min: float = 0.08
-    """learned: least standard deviation of a solver step (authors: 0.08)"""
+    """learned: least standard deviation of a solver step (πRL: between 0.08 and 0.16)"""
     noise_max: float = 0.16
-    """learned: its greatest (authors: 0.16)"""
+    """learned: its greatest"""
     gamma: float = 0.99
     """discount per chunk (authors: 0.99)"""
     gae_lambda: float = 0.95
     """λ of the generalised advantages, per chunk (authors: 0.95)"""
+    bootstrap: bool = True
+    """where an episode is cut off, count its last observation's value as what would follow; False: nothing, as after a failure"""
     normalize_advantages: bool = True
     """to mean 0 and deviation 1 over an iteration's chunks (authors: True)"""
 
@@ -82,7 +83,7 @@ class Args:
     """passes over each iteration's chunks (authors, with larger batches: 4)"""
     num_minibatches: int = 8
     """minibatches per epoch: few and large, as Adam's full-size steps amplify gradient noise"""
-    learning_rate: float = 1e-4
+    learning_rate: float = 1e-5
     """Adam's for the policy (authors: 5e-6 LIBERO, 7.9e-6 ManiSkill, at 3 B parameters)"""
     value_learning_rate: float = 1e-3
     """Adam's for the value head (authors: 1e-4 LIBERO, 1.6e-4 ManiSkill)"""
@@ -91,7 +92,7 @@ class Args:
     warmup_iterations: int = 5
     """iterations of linear warm-up of the policy's learning rate, after those"""
     max_grad_norm: float = 1.0
-    """gradient clipping, of the policy and of the value head each (authors: 1, of both together)"""
+    """gradient clipping, of the policy and of the value head each (authors: 1)"""
     clip: float = 0.2
     """ε, how far the ratio may move from 1 with gradient (authors: 0.2)"""
     value_clip: float = 0.2
@@ -169,20 +170,19 @@ def mlp(*widths: int) -> nn.Sequential:
 
 
 class ValueHead(nn.Module):
-    """V from the masked mean of a sequence of features (section 4.3); πRL's widths 1024, 512, 256, 128, 1, in proportion."""
+    """V from the mean of the expert's features over the action positions; πRL's widths 1024, 512, 256, 128, 1, in proportion."""
 
     def __init__(self, width: int):
         super().__init__()
         self.net = mlp(width, width // 2, width // 4, width // 8, 1)
 
-    def forward(self, features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """features (B, T, width), mask (T,) or (B, T) bool -> values (B,)"""
-        weight = mask.float() / mask.sum(-1, keepdim=True)
-        return self.net((features.float() * weight[..., None]).sum(-2)).squeeze(-1)
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """features (B, H, width) -> values (B,)"""
+        return self.net(features.mean(1)).squeeze(-1)
 
 
 class NoiseHead(nn.Module):
-    """Flow-Noise: the standard deviation of every entry of a solver step, between two bounds (section 4.1)."""
+    """Flow-Noise: the standard deviation of every entry of a solver step, between two bounds."""
 
     def __init__(self, width: int, action_dim: int, low: float, high: float):
         super().__init__()
@@ -205,14 +205,13 @@ def actor_critic(
     *,
     num_steps: int,
     noise_level: float,
-    mask: torch.Tensor,
     detach_critic: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """One forward pass at n solver steps per chunk, in the rollout and in the update alike.
 
-    x_t: (B, n, H, A); step: (B, n) int; mask: (H, A) bool, executed entries. Returns the velocity (B, n, H, A), mean and standard
-    deviation of x_next, and the value (B,), which is that of the first step: its x_t was there before any noise that the likelihood
-    counts, so the value is a baseline that leaves the policy gradient unbiased.
+    x_t: (B, n, H, A); step: (B, n) int. Returns the velocity (B, n, H, A), mean and standard deviation of x_next, and values (B,),
+    read at the first of the steps: its x_t was there before any noise that the likelihood counts, so as a baseline the value
+    leaves the policy gradient unbiased.
     """
     features = policy.features(prefix, state, x_t, 1 - step / num_steps)  # (B, n, H, W)
     v = policy.action_out_proj(features).float()
@@ -222,7 +221,7 @@ def actor_critic(
     else:
         mean, std = x_t - v / num_steps, noise_head(features)
     first = features[:, 0]
-    value = value_head(first.detach() if detach_critic else first, mask.any(-1))
+    value = value_head(first.detach() if detach_critic else first)
     return v, mean, std, value
 
 
@@ -238,15 +237,15 @@ def flow_sde_sample(
     noise_head: NoiseHead | None,
     prefix: policies.Prefix,
     state: torch.Tensor,
+    mask: torch.Tensor,
     *,
     num_steps: int,
     noise_level: float,
-    mask: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Explore: sample action chunks by the ODE, but for one random noisy step each; with a noise head all steps are noisy.
 
-    Returns the path x (B, K + 1, H, A), whose last entry is the action chunk, the noisy steps (B, n), and log-probability and value
-    (B,) of each chunk.
+    mask: (H, A) bool, the executed entries, whose likelihood it is. Returns the path x (B, K + 1, H, A), whose last entry is the
+    action chunk, the noisy steps (B, n), and log-probability and value (B,) of each chunk.
     """
     B, K, device = len(state), num_steps, state.device
     step = torch.randint(K, (B, 1), device=device) if noise_head is None else torch.arange(K, device=device).expand(B, K)
@@ -255,7 +254,7 @@ def flow_sde_sample(
     for i in range(K):
         now = torch.full((B, 1), i, device=device)
         v, mean, std, value = actor_critic(
-            policy, value_head, noise_head, prefix, state, x, now, num_steps=K, noise_level=noise_level, mask=mask
+            policy, value_head, noise_head, prefix, state, x, now, num_steps=K, noise_level=noise_level
         )
         noisy = (step == i).any(1)  # (B,)
         x = torch.where(noisy.view(-1, 1, 1, 1), mean + std * torch.randn_like(mean), x - v / K)
@@ -381,10 +380,10 @@ if __name__ == "__main__":
         elif lora:
             policies.add_lora(policy, args.lora_rank, args.lora_alpha)
         policy.checkpoint_gradients(args.gradient_checkpointing)
-        width = policy.config.expert_width
-        value_head, noise_head = ValueHead(width).to(device), None
+        c, noise_head = policy.config, None
+        value_head = ValueHead(c.expert_width).to(device)
         if args.noise == "learned":
-            noise_head = NoiseHead(width, policy.config.action_dim, args.noise_min, args.noise_max).to(device)
+            noise_head = NoiseHead(c.expert_width, c.action_dim, args.noise_min, args.noise_max).to(device)
         parameters = [p for p in policy.parameters() if p.requires_grad]
         heads = dict(value_head=list(value_head.parameters()), noise_head=list(noise_head.parameters()) if noise_head else [])
         actor, critic = parameters + heads["noise_head"], heads["value_head"]
@@ -401,7 +400,7 @@ if __name__ == "__main__":
         K = args.num_steps
         mask = torch.zeros(H, A, dtype=torch.bool, device=device)  # the executed part of a chunk
         mask[:execute, : len(policy.processor.action_stats.mean)] = True
-        solver = dict(num_steps=K, noise_level=args.noise_level, mask=mask)
+        solver = dict(num_steps=K, noise_level=args.noise_level)
 
         # Environments
         venv = envs.make(
@@ -443,7 +442,7 @@ if __name__ == "__main__":
             """What the environments `index` might do next: the policy's inputs and prefix, the state, and a sample of chunks."""
             *inputs, state = policy.processor({k: v[index] for k, v in obs.items()}, [venv.instructions[i] for i in index])
             prefix = policy.encode_prefix(*inputs)
-            return inputs, prefix, state, *flow_sde_sample(policy, value_head, noise_head, prefix, state, **solver)
+            return inputs, prefix, state, *flow_sde_sample(policy, value_head, noise_head, prefix, state, mask, **solver)
 
         def note(result) -> None:
             """Add an evaluation to the learning curve."""
@@ -492,7 +491,8 @@ if __name__ == "__main__":
                         done |= running & terminated
                         running &= ~(terminated | truncated)
                         gone |= info["lost"]
-                    if len(index := np.flatnonzero(~done & ~gone)):  # cut off: what would follow is the last observation's value
+                    index = np.flatnonzero(~done & ~gone)  # cut off
+                    if args.bootstrap and len(index):
                         *_, values = explore(obs, index)
                         last_value[index] = values.cpu().numpy()
                     success.append(info["success"])
