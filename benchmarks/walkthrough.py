@@ -318,7 +318,7 @@ def statistics(r: Residuals) -> dict[str, tuple[float, float]]:
 
 
 def disc(axis) -> None:
-    axis.text(GOAL[0], GOAL[1] - RADIUS - 0.08, "success", color=SUCCESS, ha="center", va="top", fontsize=9,
+    axis.text(GOAL[0], GOAL[1] - RADIUS - 0.08, "success", color=SUCCESS, ha="center", va="top", fontsize=9, zorder=1.5,
               bbox=dict(facecolor="white", alpha=0.7, linewidth=0, pad=1))  # fmt: skip
     axis.add_patch(Circle(GOAL, RADIUS, facecolor=SUCCESS, alpha=0.12, linewidth=0))
     axis.add_patch(Circle(GOAL, RADIUS, fill=False, edgecolor=SUCCESS, linewidth=1.2))
@@ -495,7 +495,7 @@ def draw_targets(out: Path, seed: int, curves: dict[tuple[str, bool], np.ndarray
         axes[1, 2].plot(100 * curve.mean(0), color=color, linestyle=":" if random else "-", linewidth=2, label=f"target {name}")
     axes[1, 2].set(title="success learned, % (mean of five seeds)", xlabel="iteration", ylim=(0, 102))
     axes[1, 2].grid(alpha=0.3)
-    axes[1, 2].legend(fontsize=8, loc=(0.46, 0.3))
+    axes[1, 2].legend(fontsize=8, loc="center right", bbox_to_anchor=(1, 0.42))
     save(figure, out / "walkthrough_4_targets.png")
 
 
