@@ -71,10 +71,14 @@ ABLATIONS = {
 """Label → algorithm and the arguments that are added to its plain command."""
 
 TRIALS = {
-    f"lr{rate}-epochs{epochs}": f"--learning-rate {rate} --update-epochs {epochs}"
-    for rate, epochs in itertools.product(("3e-5", "1e-4"), (1, 4))
+    "stepnft": ["", "--learning-rate 3e-5", "--update-epochs 4 --learning-rate 3e-5", "--noise-level 0.4"],
+    "ppo": ["", "--learning-rate 3e-5", "--learning-rate 3e-5 --no-bootstrap", "--learning-rate 3e-5 --noise-level 1.0"],
+    "grpo": ["", "--learning-rate 3e-5", "--learning-rate 3e-5 --noise-level 1.0", "--learning-rate 1e-4 --noise-level 1.0"],
+    "nft": ["", "--learning-rate 3e-5", "--labels binary", "--beta 0.1"],
+    "rft": ["", "--learning-rate 3e-5", "--noise-level 0.5", "--contrast --group-size 4"],
 }
-"""The trials of --tuning, the same for every algorithm."""
+"""Algorithm → what --tuning tries, as changes to its plain command: the same number of trials for each, TUNING long."""
+TUNING = f"--iterations 40 --max-minutes 0 --eval-seed {envs.TUNING_SEED}"
 
 EQUAL = ("checkpoint", "iterations", "max_minutes", "num_envs", "rollout_epochs", "rollout_steps", "execute", "eval_every",
          "eval_episodes", "final_eval_episodes", "eval_seed")  # fmt: skip
@@ -97,7 +101,7 @@ class Args:
     ablations: list[str] | None = None
     """run these of StepNFT's ABLATIONS (listed in this file); without a name: all of them"""
     tuning: bool = False
-    """run the TRIALS (listed in this file) of each algorithm on the tuning episodes"""
+    """run the TRIALS (listed in this file) of each algorithm, which are short and on the tuning episodes"""
     extra: str = ""
     """further arguments for every run, in one string, e.g. --extra="--max-minutes 10" """
     dry_run: bool = False
@@ -149,6 +153,11 @@ def short(algorithm: str) -> str:
     return algorithm.removesuffix("_pi0").replace("_", "-")
 
 
+def slug(text: str) -> str:
+    """Words of a command as part of a file's name: "ppo --noise-level 1.0" → "ppo-noise-level-1.0"."""
+    return re.sub(r"[^a-z0-9.]+", "-", text)
+
+
 def plan(args: Args) -> list[Job]:
     """All jobs in their order: evidence grows evenly if the queue is cut short. Exits with one line for unknown names."""
     ablations = list(ABLATIONS) if args.ablations == [] else [f"stepnft-{n.removeprefix('stepnft-')}" for n in args.ablations or ()]
@@ -160,11 +169,13 @@ def plan(args: Args) -> list[Job]:
     for algorithm in args.algos:
         if not (ROOT / "algos" / f"{algorithm}.py").is_file():
             sys.exit(f"error: no algos/{algorithm}.py")
+        if args.tuning and short(algorithm).removesuffix("-pi05") not in TRIALS:
+            sys.exit(f"error: no TRIALS for {algorithm}; there are some for {', '.join(TRIALS)}")
     if args.tuning:
         entries = {
-            f"{short(algorithm)}-{name}": (algorithm, f"{extra} --eval-seed {envs.TUNING_SEED}")
-            for name, extra in TRIALS.items()
-            for algorithm in args.algos
+            slug(f"{short(algorithm)} {extra or 'default'}"): (algorithm, f"{extra} {TUNING}")
+            for trials in zip(*(zip(itertools.repeat(a), TRIALS[short(a).removesuffix("-pi05")]) for a in args.algos))
+            for algorithm, extra in trials
         }
     else:
         entries = {short(algorithm): (algorithm, "") for algorithm in args.algos}

@@ -114,13 +114,16 @@ def test_names_fit_the_results_that_are_there(monkeypatch):
     assert not compare.is_variant({"label": "stepnft"} | compare.read(job.target))
 
 
-def test_tuning_gives_every_algorithm_the_same_trials_on_other_episodes(root):
-    shutil.copy(root / "algos" / "fake_pi0.py", root / "algos" / "other_pi0.py")
-    jobs = compare.plan(compare.Args(["fake_pi0", "other_pi0"], tuning=True))
-    trials = {a: [job.extra for job in jobs if job.algorithm == a] for a in ("fake_pi0", "other_pi0")}
-    assert trials["fake_pi0"] == trials["other_pi0"] and len(set(trials["fake_pi0"])) == len(compare.TRIALS) > 1
+def test_tuning_gives_every_algorithm_as_many_trials_on_other_episodes(root, monkeypatch):
+    assert {len(set(trials)) for trials in compare.TRIALS.values()} == {4}
+    monkeypatch.setattr(compare, "TRIALS", dict(fake=["", "--rate 1e-5"], other=["--rate 2", "--noise 0.5"]))
+    for name in ("other_pi0", "other_pi05"):
+        shutil.copy(root / "algos" / "fake_pi0.py", root / "algos" / f"{name}.py")
+    jobs = compare.plan(compare.Args(["fake_pi0", "other_pi0", "other_pi05"], tuning=True))
+    assert [job.label for job in jobs] == [
+        "fake-default", "other-rate-2", "other-pi05-rate-2", "fake-rate-1e-5", "other-noise-0.5", "other-pi05-noise-0.5",
+    ]  # fmt: skip
     assert all("--eval-seed 1000000000" in job.command and job.target.parent.name == "tuning" for job in jobs)
-    assert len({job.target for job in jobs}) == len(jobs)
 
 
 @pytest.mark.parametrize(
@@ -129,6 +132,7 @@ def test_tuning_gives_every_algorithm_the_same_trials_on_other_episodes(root):
         (compare.Args(["nothing_pi0"]), "no algos/nothing_pi0.py"),
         (compare.Args(ablations=["loss-typo"]), "no ablation stepnft-loss-typo"),
         (compare.Args(["fake_pi0"], tuning=True, ablations=[]), "--tuning"),
+        (compare.Args(["fake_pi0"], tuning=True), "no TRIALS for fake_pi0"),
     ],
 )
 def test_unknown_names_end_in_one_line(root, args, message):
@@ -145,8 +149,8 @@ def test_every_ablation_and_trial_is_valid_and_changes_something():
     online = [path.stem for path in (ROOT / "algos").glob("*.py") if not path.stem.startswith(("sft", "pretrain"))]
     for algorithm in online:
         module = importlib.import_module(f"algos.{algorithm}")
-        for extra in compare.TRIALS.values():
-            module.check(tyro.cli(module.Args, args=shlex.split(extra)))
+        for extra in compare.TRIALS[algorithm.split("_")[0]]:
+            module.check(tyro.cli(module.Args, args=shlex.split(f"{extra} {compare.TUNING}")))
 
 
 # ---------------------------------------------------------------------------------------------------------------- the runs
