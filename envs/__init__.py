@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from envs import ood
 from envs.spec import EnvError, EnvSpec
 
-__all__ = ["EVAL_SEED", "TRAIN_SEEDS", "TUNING_SEED", "EnvError", "EnvSpec", "check", "make"]
+__all__ = ["EVAL_SEED", "TRAIN_SEEDS", "TUNING_SEED", "EnvError", "EnvSpec", "check", "make", "ood"]
 
 TRAIN_SEEDS = 500_000_000
 """Training episodes use seeds below this, demonstrations those from here to TUNING_SEED."""
@@ -38,7 +39,7 @@ def make(
 ):
     """A `gymnasium.vector.VectorEnv` over action chunks (see `envs.pool.ChunkVecEnv` for shapes and semantics).
 
-    env_id: any ManiSkill task that needs no download, or whose assets are there.
+    env_id: any ManiSkill task that needs no download, or whose assets are there; or a variant of one (`envs.ood`).
     num_envs: how many environments run side by side.
     obs_mode: "rgb" (camera images; the state holds proprioception and task extras such as the goal position) or "state"
         (no images; the state also holds object poses).

@@ -27,6 +27,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from envs import ood
+
 STEP_FRACTION = 1 - np.exp(-0.5)  # of a commanded offset covered in one control step, see above
 COMMAND = 0.1  # m of translation, or rad of rotation, commanded by one unit of action (Panda agent's controller config)
 GAIN = 0.6  # share of the position error removed per step when unsaturated; the arm's inertia makes 0.9 overshoot
@@ -127,32 +129,32 @@ class Expert:
 
 
 class PickCube(Expert):
-    """Carry the 0.04 m cube to the goal (anywhere up to 0.3 m high) in a straight line, and stay.
+    """Carry the cube to the goal (anywhere up to 0.3 m high) in a straight line, and stay.
 
     Success: cube within 0.025 m of the goal, joints slower than 0.2 rad/s (`pick_cube.py`).
     """
 
     def waypoint(self):
         cube, goal = position(self.env.cube), position(self.env.goal_site)
-        held, point, grip = self.grasp(cube, 0.02)
+        held, point, grip = self.grasp(cube, self.env.cube_half_size)
         return (self.tcp + goal - cube, CLOSE) if held else (point, grip)
 
 
 class PushCube(Expert):
-    """Go behind the 0.04 m cube, seen from the goal disc, and push it there with closed fingers. Does PullCube too.
+    """Go behind the cube, seen from the goal disc, and push it there with closed fingers. Does PullCube too.
 
     Success: cube within 0.1 m of the disc's centre, which starts 0.2 m away along x: +x to push, -x to pull
     (`push_cube.py`, `pull_cube.py`).
     """
 
-    BEHIND = 0.045  # m from the cube's centre to the tool's: half a cube, half a finger, and a little air
+    BEHIND = 0.025  # m from the cube's side to the tool's centre: half a finger, and a little air
 
     def waypoint(self):
         cube, goal = position(self.env.obj), position(self.env.goal_region)
         ahead = (goal - cube) * [1, 1, 0]
         distance = np.linalg.norm(ahead)
         ahead = ahead / max(distance, 1e-6)
-        start = cube - self.BEHIND * ahead
+        start = cube - (self.env.cube_half_size + self.BEHIND) * ahead
         offset = self.tcp - start
         aside = offset - (offset @ ahead) * ahead  # lateral and vertical
         if np.abs(aside).max() < 0.015 and abs(offset @ ahead) < 0.03:
@@ -163,24 +165,23 @@ class PushCube(Expert):
 class Place(Expert):
     """Carry an object over a support, lower it, let go and rise. A subclass says which, and where it comes to rest."""
 
-    half_width = 0.02  # m of the object
     aim = 0.013  # m off its centre at which the fingers may close
     near = 0.01  # m off its resting place, horizontally, at which it is let go
     drop = 0.0  # m above its resting place where the object is let go
     hover = 0.05  # m above its resting place at which the object travels
 
-    def objects(self) -> tuple[np.ndarray, np.ndarray]:
-        """Where the object is, and where it should come to rest (both (3,))."""
+    def objects(self) -> tuple[np.ndarray, np.ndarray, float]:
+        """Where the object is, where it should come to rest (both (3,)), and half its width, m."""
         raise NotImplementedError
 
     def waypoint(self):
-        thing, rest = self.objects()
+        thing, rest, half_width = self.objects()
         away, height = np.linalg.norm((thing - rest)[:2]), (thing - rest)[2]
-        opening = self.fingers > 1.5 * self.half_width
+        opening = self.fingers > 1.5 * half_width
         if away < (0.02 if opening else self.near) and height < self.drop + 0.006:
             # Rise when the fingers are clear of it, or they would drag it along.
             return np.array([*self.tcp[:2], rest[2] + 0.08 if self.fingers > 0.035 else self.tcp[2]]), OPEN
-        held, point, grip = self.grasp(thing, self.half_width, self.aim)
+        held, point, grip = self.grasp(thing, half_width, self.aim)
         if not held:
             return point, grip
         carry = rest + [0, 0, self.drop + np.clip(3 * (away - 0.005), 0, self.hover)]
@@ -190,20 +191,21 @@ class Place(Expert):
 
 
 class StackCube(Place):
-    """Put cube A upon cube B (both 0.04 m).
+    """Put cube A upon cube B, of the same size.
 
     Success: centres 0.04 +- 0.005 m apart in height and 0.033 m at most horizontally, A at rest and not gripped
     (`stack_cube.py`).
     """
 
     def objects(self):
-        return position(self.env.cubeA), position(self.env.cubeB) + [0, 0, 0.04]
+        half = float(self.env.cube_half_size[2])
+        return position(self.env.cubeA), position(self.env.cubeB) + [0, 0, 2 * half], half
 
 
 class PlaceSphere(Place):
-    """Put the ball (radius 0.02 m) into the shallow bin, whose walls leave no room for the fingers: let it drop.
+    """Put the ball into the shallow bin, whose walls leave no room for the fingers: let it drop.
 
-    Success: centre 0.0225 +- 0.005 m above the bin's origin and 0.005 m at most beside it, at rest and not gripped
+    Success: centre (a radius and 0.0025 m) +- 0.005 m above the bin's origin and 0.005 m at most beside it, at rest and not gripped
     (`place_sphere.py`).
     """
 
@@ -212,32 +214,35 @@ class PlaceSphere(Place):
     drop = 0.012
 
     def objects(self):
-        return position(self.env.obj), position(self.env.bin) + [0, 0, 0.0225]
+        radius = self.env.radius
+        return position(self.env.obj), position(self.env.bin) + [0, 0, radius + self.env.block_half_size[0]], radius
 
 
 class LiftPegUpright(Expert):
-    """Raise the peg (0.24 x 0.05 x 0.05 m, lying along x) by its near end, about its far end, until it stands.
+    """Raise the peg (lying along x) by its near end, about its far end, until it stands.
 
     The wrist is too slow to turn it (40 steps for a quarter turn): the fingers hold so gently that the peg swings
     between them like a door on its hinge.
-    Success: upright within 0.08 rad and centre 0.12 +- 0.005 m high (`lift_peg_upright.py`).
+    Success: upright within 0.08 rad and centre half a length +- 0.005 m high (`lift_peg_upright.py`).
     """
 
     robots = ("panda",)  # its fingers close across the peg, the other's along it
-    HALF_LENGTH, HALF_WIDTH = 0.12, 0.025
+    NEAR_END = 0.025  # m from it to where the peg is gripped
     GENTLE = 0.2  # gripper command: target 0.020 m, so each finger presses with 1000 N/m x 0.005 m = 5 N
 
     def waypoint(self):
         pose = self.env.peg._objs[0].pose
+        half_length, half_width = self.env.peg_half_length, self.env.peg_half_width
+        grip_at = half_length - self.NEAR_END
         axis = -pose.to_transformation_matrix()[:3, 0]  # from the far end, which stays on the table, to the near one
-        held, point, grip = self.grasp(pose.p + 0.095 * axis, self.HALF_WIDTH)
+        held, point, grip = self.grasp(pose.p + grip_at * axis, half_width)
         if not held:
             return point, grip
-        radius = 0.095 + self.HALF_LENGTH
+        radius = grip_at + half_length
         left = np.pi / 2 - np.arcsin(np.clip(axis[2], -1, 1))
         level = np.array([axis[0], axis[1], 0]) / max(np.hypot(axis[0], axis[1]), 1e-6)
         tangent = np.array([0, 0, np.sin(left)]) - np.cos(left) * level
-        float_height = pose.p[2] - self.HALF_LENGTH * axis[2] - self.HALF_WIDTH * np.sin(left)
+        float_height = pose.p[2] - half_length * axis[2] - half_width * np.sin(left)
         return self.tcp + radius * left * tangent - [0, 0, float_height], self.GENTLE
 
 
@@ -257,7 +262,8 @@ def available() -> list[str]:
 
 
 def make(env_id: str) -> type[Expert]:
-    """The expert class for `env_id`; ValueError for an environment without one."""
-    if env_id not in EXPERTS:
+    """The expert class for `env_id`, a task or a variant of one; ValueError for an environment without one."""
+    task = ood.task_of(env_id)
+    if task not in EXPERTS:
         raise ValueError(f"no expert for {env_id!r}: choose one of {', '.join(EXPERTS)}")
-    return EXPERTS[env_id]
+    return EXPERTS[task]

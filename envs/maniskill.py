@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 
-from envs import vulkan
+from envs import ood, vulkan
 from envs.spec import EnvError, EnvSpec
 
 INSTRUCTIONS = {
@@ -38,7 +38,10 @@ class Camera:
 
 
 def instruction(env_id: str) -> str:
-    """The language instruction of a task."""
+    """The language instruction of a task, or of a variant of one."""
+    if (changed := ood.find(env_id).instruction) is not None:
+        return changed
+    env_id = ood.task_of(env_id)
     if env_id in INSTRUCTIONS:
         return INSTRUCTIONS[env_id]
     name = env_id.rsplit("-", 1)[0]
@@ -62,8 +65,9 @@ def _registry():
 
 
 def check(env_id: str) -> None:
-    """Raise EnvError, in one line, for an id that ManiSkill does not know or whose assets are not on this machine."""
+    """Raise EnvError, in one line, for a task or variant that does not exist, or whose assets are not on this machine."""
     registered, assets = _registry()
+    env_id, variant = ood.task_of(env_id), env_id
     if env_id not in registered:
         near = difflib.get_close_matches(env_id, registered, n=3)
         raise EnvError(
@@ -78,6 +82,7 @@ def check(env_id: str) -> None:
             f"{env_id} needs {len(missing)} asset(s) that are not on this machine; download them with: "
             f"python -m mani_skill.utils.download_asset {env_id}"
         )
+    ood.find(variant)
 
 
 def _make(spec: EnvSpec, num_envs: int, backend: str) -> gym.Env:
@@ -119,7 +124,7 @@ def _make(spec: EnvSpec, num_envs: int, backend: str) -> gym.Env:
 
 def episode_limit(spec: EnvSpec) -> int:
     """Steps after which an episode is cut off: the spec's own, or the task's registered limit."""
-    limit = spec.max_episode_steps or _registry()[0][spec.env_id].max_episode_steps
+    limit = spec.max_episode_steps or _registry()[0][ood.task_of(spec.env_id)].max_episode_steps
     if limit is None:
         raise EnvError(f"{spec.env_id} has no episode limit of its own: give max_episode_steps")
     return limit
