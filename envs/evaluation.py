@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,86 @@ class Evaluation:
     def __str__(self) -> str:
         low, high = self.interval
         return f"{100 * self.rate:.1f} % [{100 * low:.1f}, {100 * high:.1f}] of {len(self.success)} episodes"
+
+
+@dataclass
+class Comparison:
+    """Two policies on the same episodes: difference of success (0 to 1), its 95 % interval, and the p-value of no difference."""
+
+    difference: float
+    interval: tuple[float, float]
+    p: float
+
+
+def rate_interval(success: np.ndarray, weights: np.ndarray) -> tuple[float, float, float]:
+    """Mean success and its 95 % interval over environments that share their seeds.
+
+    success: (V, E), of V environments × E seeds; weights: (V,), adding up to 1. Outcomes from the same seed resemble each other, so
+    V·E episodes count as fewer: Wilson's interval is taken with the number of independent episodes that would have given the
+    observed spread between seeds, at least E and at most V·E. For one environment it is Wilson's interval.
+    """
+    V, E = success.shape
+    scores = weights @ success  # (E,)
+    rate = float(scores.mean())
+    spread = scores.var(ddof=1) / E if E > 1 else 0.0
+    number = float(np.clip(rate * (1 - rate) / spread, E, V * E)) if spread > 0 else E
+    return rate, *wilson(rate * number, number)
+
+
+def compare(success: np.ndarray, baseline: np.ndarray, weights: Sequence[Fraction]) -> Comparison:
+    """Paired comparison over V environments × E seeds, (V, E) bool each; weights: V exact fractions that add up to 1.
+
+    The p-value is that of the exact sign-flip test: without a difference, each seed's difference is as likely to have the opposite
+    sign. For one environment this is the exact McNemar test. The interval is Agresti and Min's (2005), which adds half an episode
+    to each of the four cells of the table, with each seed's weighted difference as one observation.
+    """
+    scale = math.lcm(*(weight.denominator for weight in weights))
+    whole = np.array([int(weight * scale) for weight in weights]) @ (success.astype(int) - baseline.astype(int))  # (E,), scaled
+    unit = max(1, int(np.gcd.reduce(whole)))
+    chance = np.ones(1)  # of the sums −n, −n + 1, …, n of randomly signed differences
+    for size in np.abs(whole[whole != 0]) // unit:
+        chance = (np.pad(chance, (0, 2 * size)) + np.pad(chance, (2 * size, 0))) / 2
+    n = len(chance) // 2
+    p = float(chance[np.abs(np.arange(-n, n + 1)) >= abs(whole.sum()) // unit].sum())
+    V, d = len(weights), whole / scale
+    number = len(d) + 2 / V
+    centre = float(d.sum()) / number
+    half = 1.96 * math.sqrt((float((d**2).sum()) + 1 / V**2) / number - centre**2) / math.sqrt(number)
+    return Comparison(float(d.mean()), (max(-1.0, centre - half), min(1.0, centre + half)), min(1.0, p))
+
+
+def summarise(outcomes: dict[str, dict[str, Evaluation]], families: dict[str, str]) -> list[dict]:
+    """The rows of a table: one per environment, then each family's mean, then the mean over families ("id" is none).
+
+    outcomes: policy → environment → evaluation, the same environments and seeds for all, the first policy being the baseline;
+    families: environment → "id" (in distribution) or the family it belongs to. A family's mean weighs its environments equally, the
+    last row its families. Each row: name, kind ("environment", "family" or "ood"), family, environments, and by policy success,
+    interval, episodes and, but for the first, difference, its interval and p.
+    """
+    rows = [("environment", name, families[name], [name]) for name in next(iter(outcomes.values()))]
+    members: dict[str, list[str]] = {}
+    for _, name, family, _ in rows:
+        members.setdefault(family, []).append(name)
+    members.pop("id", None)
+    rows += [("family", family, family, names) for family, names in members.items()]
+    if len(members) > 1:
+        rows.append(("ood", "OOD mean", "ood", sum(members.values(), [])))
+    table = []
+    for kind, name, family, names in rows:
+        share = 1 if kind != "ood" else len(members)
+        weights = [Fraction(1, share * (len(members[families[n]]) if kind == "ood" else len(names))) for n in names]
+        policies, baseline = {}, None
+        for policy, evaluations in outcomes.items():
+            success = np.stack([evaluations[n].success for n in names])
+            rate, *interval = rate_interval(success, np.array(weights, float))
+            policies[policy] = dict(success=rate, interval=interval, episodes=success.size)
+            if baseline is None:
+                baseline = success
+            else:
+                difference = compare(success, baseline, weights)
+                policies[policy] |= dict(difference=difference.difference, difference_interval=difference.interval, p=difference.p)
+        table.append(dict(name=name, kind=kind, family=family, environments=names, policies=policies))
+    return table
 
 
 def plot_curve(curve: list[dict], path: str | Path, title: str) -> None:

@@ -1,0 +1,359 @@
+# Docs: docs/evaluate.md. How good are these checkpoints, and where: python algos/evaluate.py pi0-tiny-pickcube-rgb runs/…/policy
+"""Success of one or several checkpoints in and out of distribution, on the same seeds, with tables, videos and one HTML report."""
+
+from __future__ import annotations
+
+import atexit
+import csv
+import hashlib
+import importlib.metadata
+import json
+import os
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, without an installation
+
+import numpy as np
+import torch
+import tyro
+from tqdm import tqdm
+
+import envs
+import policies
+from envs import films, ood, report
+from envs.evaluation import Evaluation, evaluate, summarise
+
+
+@dataclass
+class Args:
+    checkpoints: tyro.conf.Positional[tuple[str, ...]]
+    """policies to evaluate, π0 or π0.5: folders or bundled names, before all options; the others are compared with the first"""
+    suites: tuple[str, ...] = ("id", "ood")
+    """id: the task itself; ood: all its variants, or only those of a family (vision, semantic, execution) or of a name such as
+    vision-table_color-1"""
+    labels: tuple[str, ...] = ()
+    """what the checkpoints are called in the report, one name each; default: by their folders"""
+    env_id: str | None = None
+    """ManiSkill task; default: the one that the checkpoints were trained on"""
+    obs_mode: Literal["rgb", "state"] | None = None
+    """default: the checkpoints'"""
+    episodes: int = 100
+    """episodes per checkpoint and environment, with seeds --eval-seed, --eval-seed + 1, …"""
+    eval_seed: int = envs.EVAL_SEED
+    """first seed; choose settings on others (envs.TUNING_SEED) than those you report on"""
+    num_envs: int = 64
+    """environments side by side; the noise of an episode depends on it: as in training for the same outcomes"""
+    execute: int = 0
+    """actions executed of each predicted chunk; 0: as in each checkpoint"""
+    num_steps: int = 0
+    """solver steps; 0: as in each checkpoint"""
+    output: str | None = None
+    """folder of the results; default: runs/eval-<task>-<mode>-<digest of the checkpoints>. What it holds already is not repeated"""
+
+    # videos
+    video: bool = True
+    """write videos and show them in the report"""
+    video_episodes: int = 4
+    """episodes in each environment's video, the first ones, with a row for each checkpoint; 0: no such videos"""
+    render_best_of: int = 4
+    """in the first environment, for each checkpoint: a video of so many of its shortest successes above as many of its failures;
+    0: no such videos"""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """precision of the computation, with the published float32 parts"""
+    num_threads: int = 0
+    """torch threads; 0: one per core"""
+    device: str = "auto"
+    """cpu, cuda, or auto"""
+
+
+@dataclass
+class Contestant:
+    """A checkpoint under evaluation."""
+
+    label: str
+    name: str
+    """as given"""
+    folder: Path
+    policy: policies.Pi0
+    digest: str
+    execute: int
+    num_steps: int
+
+
+# ---------------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def default_labels(names: tuple[str, ...]) -> list[str]:
+    """A run's name for the policy in its folder, the folder's own name otherwise; whole paths where these are not unique."""
+    paths = [Path(name) for name in names]
+    short = {"policy": "{}", "rollout_policy": "{} (θ_old)"}
+    labels = [short[path.name].format(path.parent.name) if path.name in short and path.parent.name else path.name for path in paths]
+    return labels if len(set(labels)) == len(labels) else list(names)
+
+
+def digest(folder: Path) -> str:
+    """SHA-256 of a checkpoint's weights and of all that describes them."""
+    total = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in (".safetensors", ".json", ".model"):
+            total.update(path.relative_to(folder).as_posix().encode())
+            with open(path, "rb") as file:
+                while block := file.read(1 << 20):
+                    total.update(block)
+    return total.hexdigest()
+
+
+def learning_curve(folder: Path) -> list[dict] | None:
+    """The curve of the training run that this is the policy of, also of one that has not ended."""
+    for name, keys in (("result.json", ["curve"]), ("training.json", ["progress", "curve"])):
+        if (file := folder.resolve().parent / name).is_file():
+            found = policies.read_json(file)
+            for key in keys:
+                found = found.get(key) if isinstance(found, dict) else None
+            return found or None
+    return None
+
+
+def agree(what: str, values: dict[str, Any], hint: str = "") -> Any:
+    """The value that all checkpoints share. Raises EnvError where they do not."""
+    if len(set(values.values())) > 1:
+        listed = ", ".join(f"{label}: {value}" for label, value in values.items())
+        raise envs.EnvError(f"the checkpoints differ in their {what} ({listed}): evaluate them one by one{hint}")
+    return next(iter(values.values()))
+
+
+# ---------------------------------------------------------------------------------------------------------------- environments
+
+
+def select(env_id: str, suites: tuple[str, ...], obs_mode: str) -> dict[str, str]:
+    """Environments and their families, in order: the task's own is "id". In state mode nothing of the vision family is seen."""
+    families = {name: ood.family(name) for name in ood.variants(env_id)}
+    chosen: dict[str, str] = {}
+    for suite in suites:
+        if suite == "id":
+            found = {env_id: "id"}
+        elif suite == "ood":
+            found = {name: family for name, family in families.items() if family != "vision" or obs_mode == "rgb"}
+        else:
+            found = {name: family for name, family in families.items() if suite in (family, name.split("/", 1)[1])}
+        if not found:
+            known = ", ".join(["id", "ood", *dict.fromkeys(families.values()), "a variant's name"] if families else ["id"])
+            raise envs.EnvError(f"--suites: {env_id} has no {suite!r}, it has: {known}")
+        chosen |= found
+    return chosen
+
+
+# --------------------------------------------------------------------------------------------------------------- one environment
+
+
+def play(venv, contestant: Contestant, episodes: int, seed: int, bar: tqdm) -> dict[str, np.ndarray]:
+    """Success, steps and actions of the episodes, as a training run evaluates: by the ODE, with the same noise every time."""
+    c, ended, won = contestant, 0, 0
+
+    def watch(number: int, successes: int) -> None:
+        nonlocal ended, won
+        ended, won = ended + number, won + successes
+        bar.update(number)
+        bar.set_postfix_str(f"{c.label}, {venv.spec.env_id}: {100 * won / max(1, ended):.0f} % success", refresh=False)
+
+    tape = films.Tape(venv, episodes, seed, watch)
+    generator = torch.Generator(next(c.policy.parameters()).device).manual_seed(0)
+    act = lambda obs, text: c.policy.act(obs, text, c.num_steps, generator)
+    result = evaluate(tape, act, episodes, execute=c.execute, seed=seed)
+    if lost := int(tape.lost.sum()):
+        raise envs.EnvError(f"{lost} episodes of {venv.spec.env_id} were cut off because a worker died: repeat the command, which "
+                            "keeps what is complete; with fewer --num-envs if memory was short")  # fmt: skip
+    return dict(success=result.success, steps=result.steps, actions=tape.actions)
+
+
+def choose_films(
+    env_id: str, family: str, results: dict[str, Evaluation], episodes: int, best_of: int
+) -> list[tuple[str, str, list[tuple[str, str, list[int]]]]]:
+    """The films of an environment: title, caption, and rows of a title, a checkpoint's label and the numbers of its episodes."""
+    where = "In distribution" if family == "id" else f"{family.capitalize()}: {report.environment_name(env_id)}"
+    chosen = []
+    if episodes:
+        number = "episode" if episodes == 1 else f"{episodes} episodes"
+        caption = f"The first {number}, as they came" + ("; the same for every checkpoint." if len(results) > 1 else ".")
+        chosen.append((where, caption, [(label, label, list(range(episodes))) for label in results]))
+    for label, result in results.items() if best_of else ():
+        won, lost = np.flatnonzero(result.success), np.flatnonzero(~result.success)
+        shortest = won[np.argsort(result.steps[won], kind="stable")]
+        rows = [(f"{label}: {title}", label, found[:best_of].tolist())
+                for title, found in (("shortest successes", shortest), ("first failures", lost)) if len(found)]  # fmt: skip
+        caption = f"Chosen, not typical: the shortest of {len(won)} successes and the first of {len(lost)} failures."
+        chosen.append((f"{where}: successes and failures of {label}", caption, rows))
+    return chosen
+
+
+# ----------------------------------------------------------------------------------------------------------------- the program
+
+
+def check(args: Args) -> None:
+    """Raise envs.EnvError, in one line, for arguments that cannot work."""
+    if not args.checkpoints:
+        raise envs.EnvError(f"no checkpoint given: name folders, or some of {', '.join(policies.bundled())}, before all options")
+    for name in ("episodes", "num_envs"):
+        if getattr(args, name) < 1:
+            raise envs.EnvError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    for name in ("execute", "num_steps", "eval_seed", "video_episodes", "render_best_of", "num_threads"):
+        if getattr(args, name) < 0:
+            raise envs.EnvError(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
+    if args.eval_seed + args.episodes > 2**32:
+        raise envs.EnvError(f"--eval-seed {args.eval_seed} leaves no {args.episodes} seeds below 2^32")
+    if args.labels and not len(args.labels) == len(set(args.labels)) == len(args.checkpoints):
+        raise envs.EnvError(f"--labels takes a name for each of the {len(args.checkpoints)} checkpoints, all different")
+    if not args.suites:
+        raise envs.EnvError("--suites needs at least one of id and ood")
+    if args.device not in ("auto", "cpu", "cuda") or (args.device == "cuda" and not torch.cuda.is_available()):
+        raise envs.EnvError(f"--device must be auto, cpu, or cuda where PyTorch finds a GPU, got {args.device}")
+
+
+if __name__ == "__main__":
+    try:
+        args = tyro.cli(Args, description=__doc__)
+        check(args)
+        torch.set_num_threads(args.num_threads or os.cpu_count())
+        device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu"))
+
+        # Checkpoints
+        contestants = []
+        labels = list(args.labels) or default_labels(args.checkpoints)
+        for label, name in zip(labels, tqdm(args.checkpoints, desc="loading checkpoints", leave=False)):
+            folder = policies.checkpoint.find(name)
+            policy = policies.load(name, device, getattr(torch, args.dtype)).eval()
+            execute = args.execute or policy.meta.get("execute", policy.config.horizon)
+            if execute > policy.config.horizon:
+                raise envs.EnvError(f"--execute {execute} is longer than the {policy.config.horizon} actions that {name} predicts")
+            num_steps = args.num_steps or policy.meta.get("num_steps", policy.config.num_steps)
+            contestants.append(Contestant(label, name, folder, policy, digest(folder), execute, num_steps))
+        if len({c.digest for c in contestants}) < len(contestants):
+            raise envs.EnvError("two of the checkpoints are the same: give each once")
+        modes = {c.label: c.policy.meta.get("obs_mode", "rgb" if c.policy.config.num_cameras else "state") for c in contestants}
+        obs_mode = agree("obs mode", modes)
+        if args.obs_mode not in (None, obs_mode):
+            raise envs.EnvError(f"{contestants[0].name} acts in {obs_mode} mode, not {args.obs_mode}: leave out --obs-mode")
+        env_id = args.env_id or agree("task", {c.label: c.policy.meta.get("env_id") for c in contestants}, ", or add --env-id")
+        if env_id is None:
+            raise envs.EnvError(f"{contestants[0].name} does not say what task it was trained on: add --env-id")
+        image_size = agree("image size", {c.label: c.policy.config.image_size * (obs_mode == "rgb") for c in contestants})
+        if "/" in env_id:
+            raise envs.EnvError(f"--env-id {env_id} is a variant: name its task there, and the variant in --suites")
+        envs.check(env_id)
+        environments = select(env_id, args.suites, obs_mode)
+        unique = hashlib.sha256("".join(c.digest for c in contestants).encode()).hexdigest()[:8]
+        output = Path(args.output or f"runs/eval-{env_id}-{obs_mode}-{unique}")
+        (output / "episodes").mkdir(parents=True, exist_ok=True)
+        num_envs = min(args.num_envs, args.episodes)
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "mani-skill", "sapien")}
+        versions |= dict(device=device.type, simulator="cuda" if torch.cuda.is_available() else "cpu", dtype=args.dtype)
+        curves = {c.label: curve for c in contestants if (curve := learning_curve(c.folder))}
+
+        def open_environments(name: str):
+            """The same environments as in training, as many as there are episodes at once; the policies have to fit them."""
+            venv = envs.make(
+                name, num_envs, obs_mode=obs_mode, image_size=image_size or 96, video_size=224,
+                chunk=1, observe_terminal=False,
+            )  # fmt: skip
+            atexit.register(venv.close)  # workers and shared memory go with the program, however it ends
+            for c in contestants:
+                for what, given, expected in (
+                    ("state", venv.single_observation_space["state"].shape[0], len(c.policy.processor.state_stats.mean)),
+                    ("action", venv.action_dim, len(c.policy.processor.action_stats.mean)),
+                ):
+                    if given != expected:
+                        raise envs.EnvError(f"{c.name} takes {expected} {what} dimensions, {name} has {given}: use its policy")
+            return venv
+
+        def stored(c: Contestant, name: str) -> tuple[Path, str]:
+            """Where the episodes of a checkpoint in an environment are kept, and all that they depend on."""
+            settings = dict(
+                sha256=c.digest, env_id=name, obs_mode=obs_mode, episodes=args.episodes, eval_seed=args.eval_seed,
+                num_envs=num_envs, execute=c.execute, num_steps=c.num_steps, versions=versions,
+            )  # fmt: skip
+            return output / "episodes" / f"{name.replace('/', '-')}-{c.digest[:12]}.npz", json.dumps(settings)
+
+        def recall(c: Contestant, name: str) -> dict[str, np.ndarray] | None:
+            """These episodes, if they are there and were made in the same way."""
+            path, settings = stored(c, name)
+            if path.is_file():
+                with np.load(path) as data:
+                    if str(data["settings"]) == settings:
+                        return dict(data)
+            return None
+
+        outcomes: dict[str, dict[str, Evaluation]] = {c.label: {} for c in contestants}
+        shown: list[report.Film] = []
+
+        def write_results() -> None:
+            """All files but the episodes and films, of the environments that all checkpoints have been in."""
+            with open(output / "outcomes.csv", "w", newline="") as file:
+                rows = csv.writer(file)
+                rows.writerow(["checkpoint", "environment", "family", "seed", "success", "steps"])
+                for label, evaluations in outcomes.items():
+                    for name, result in evaluations.items():
+                        for seed, success, steps in zip(result.seeds, result.success, result.steps):
+                            rows.writerow([label, name, environments[name], seed, int(success), steps])
+            described = [
+                dict(label=c.label, checkpoint=c.name, type=c.policy.config.type, execute=c.execute, num_steps=c.num_steps,
+                     parameters=sum(p.numel() for p in c.policy.parameters()), sha256=c.digest) for c in contestants
+            ]  # fmt: skip
+            results = dict(
+                command="python " + shlex.join(sys.argv), date=time.strftime("%Y-%m-%d"), env_id=env_id, obs_mode=obs_mode,
+                episodes=args.episodes, eval_seed=args.eval_seed, num_envs=num_envs, rows=summarise(outcomes, environments),
+                checkpoints=described, versions=dict(python=sys.version.split()[0], **versions),
+            )  # fmt: skip
+            (output / "results.json").write_text(json.dumps(results, indent=2))
+            (output / "table.md").write_text(report.markdown(results))
+            (output / "report.html").write_text(report.html(results, curves, shown))
+
+        missing = sum(recall(c, name) is None for c in contestants for name in environments)
+        bar = tqdm(total=missing * args.episodes, unit="episode", desc="evaluation", smoothing=0, disable=not missing)
+        for number, (name, family) in enumerate(environments.items()):
+            venv, played, results = None, {}, {}
+            for c in contestants:
+                data = recall(c, name)
+                if data is None:
+                    venv = venv or open_environments(name)
+                    path, settings = stored(c, name)
+                    data = play(venv, c, args.episodes, args.eval_seed, bar) | dict(settings=settings)
+                    np.savez_compressed(path.with_suffix(".tmp.npz"), **data)
+                    path.with_suffix(".tmp.npz").replace(path)  # what is there is whole
+                played[c.label] = data
+                results[c.label] = Evaluation(data["success"], data["steps"], args.eval_seed + np.arange(args.episodes))
+            for label, result in results.items():
+                outcomes[label][name] = result
+
+            best_of = args.render_best_of if number == 0 else 0
+            shots = choose_films(name, family, results, min(args.video_episodes, args.episodes), best_of) if args.video else []
+            for title, caption, rows in shots:
+                made_of = [(text, str(played[label]["settings"]), numbers) for text, label, numbers in rows]
+                unique = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:8]
+                film = report.Film(output / "videos" / f"{name.replace('/', '-')}-{unique}.mp4", title, caption)
+                if not film.path.is_file():
+                    venv = venv or open_environments(name)
+                    replayed = []
+                    for text, label, numbers in rows:
+                        result, actions = results[label], played[label]["actions"]
+                        told = [actions[i, : result.steps[i]] for i in numbers]
+                        again = (venv, result.seeds[numbers], told, result.success[numbers])
+                        episodes = films.replay(*again, progress=f"video of {name}")
+                        replayed.append((text, report.rgb(labels.index(label)), episodes))
+                    films.write(film.path, venv.instruction, replayed)
+                shown.append(film)
+            if venv:
+                venv.close()
+            write_results()
+        bar.close()
+        print(report.markdown(json.loads((output / "results.json").read_text())).split("```")[0].strip())
+        print(f"\nreport.html, table.md, results.json and outcomes.csv in {output}")
+    except (envs.EnvError, policies.CheckpointError, OSError) as error:  # OSError: a full disk, a folder that is not ours
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on, and what is complete is in the output folder")

@@ -1,0 +1,145 @@
+"""Videos of evaluated episodes: remember the actions while evaluating (`Tape`), replay them later, write a film with captions."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+GREEN, RED, GREY, WHITE = (0, 158, 115), (213, 94, 0), (150, 150, 150), (235, 235, 235)
+GAP, STRIP = 4, 24
+"""Between tiles, and height of a line of text, px."""
+
+
+class Tape:
+    """A vector environment for `envs.evaluation.evaluate` that remembers what each episode was told to do.
+
+    After an evaluation of E episodes from `seed` on: actions (E, limit, A) float32, zeros after an episode's end; lost (E,) bool,
+    cut off because a worker died. `watch(number, successes)` is called when episodes end.
+    """
+
+    def __init__(self, venv, episodes: int, seed: int, watch: Callable[[int, int], None] = lambda number, successes: None):
+        self.venv, self.seed, self.watch = venv, seed, watch
+        self.actions = np.zeros((episodes, venv.max_episode_steps, venv.action_dim), np.float32)
+        self.lost = np.zeros(episodes, bool)
+
+    def __getattr__(self, name: str):
+        return getattr(self.venv, name)
+
+    def reset(self, *, seed: int, options: dict):
+        self.first, self.taken = seed - self.seed, np.zeros(self.num_envs, int)
+        self.running = options["reset_mask"].copy()
+        return self.venv.reset(seed=seed, options=options)
+
+    def step(self, chunk: np.ndarray):
+        obs, reward, terminated, truncated, info = self.venv.step(chunk)
+        for slot in np.flatnonzero(self.running):
+            start, count = self.taken[slot], info["steps"][slot]
+            self.actions[self.first + slot, start : start + count] = chunk[slot, :count]
+            self.lost[self.first + slot] |= info["lost"][slot]
+        self.taken += info["steps"]
+        ended = self.running & (terminated | truncated)
+        self.running &= ~ended
+        self.watch(int(ended.sum()), int(info["success"][ended].sum()))
+        return obs, reward, terminated, truncated, info
+
+
+@dataclass
+class Episode:
+    """What a film shows of an episode: frames (T + 1, H, W, 3) uint8, one per control step, and how it ended (None: the replay
+    ended otherwise than the evaluation, as it can on a GPU)."""
+
+    seed: int
+    frames: np.ndarray
+    success: bool | None
+
+
+def replay(
+    venv, seeds: Sequence[int], actions: Sequence[np.ndarray], success: Sequence[bool], *, progress: str = ""
+) -> list[Episode]:
+    """Repeat episodes by their actions (T, A), without the policy, and take a picture after every control step.
+
+    success: how they ended when they were evaluated. progress: label of a progress bar, or "".
+    """
+    episodes, bar = [], tqdm(total=sum(map(len, actions)), desc=progress, unit="picture", leave=False, disable=not progress)
+    for first in range(0, len(seeds), venv.num_envs):
+        batch = list(actions[first : first + venv.num_envs])
+        count = len(batch)
+        padded = list(seeds[first : first + count]) + [0] * (venv.num_envs - count)
+        venv.reset(seed=padded, options={"reset_mask": np.arange(venv.num_envs) < count})
+        frames, outcome = [[frame] for frame in venv.render(range(count))], np.zeros(count, bool)
+        for step in range(max(map(len, batch))):
+            moving = [slot for slot in range(count) if step < len(batch[slot])]
+            chunk = np.zeros((venv.num_envs, 1, venv.action_dim), np.float32)
+            for slot in moving:
+                chunk[slot, 0] = batch[slot][step]
+            info = venv.step(chunk)[-1]
+            outcome[moving] = info["success"][moving]
+            for slot, frame in zip(moving, venv.render(moving)):
+                frames[slot].append(frame)
+            bar.update(len(moving))
+        for slot in range(count):
+            expected = bool(success[first + slot])
+            episodes.append(Episode(padded[slot], np.stack(frames[slot]), expected if outcome[slot] == expected else None))
+    bar.close()
+    return episodes
+
+
+def write(
+    path: str | Path, instruction: str, rows: Sequence[tuple[str, tuple, Sequence[Episode]]], *, fps: int = 20, crf: int = 30
+) -> None:
+    """A film (.mp4, H.264) of rows of episodes side by side, each row with a title and its colour (r, g, b).
+
+    The instruction stands on top; below each tile its seed, the step and, once the episode has ended, the outcome.
+    """
+    import imageio.v3 as iio
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.load_default(14)
+    side = rows[0][2][0].frames.shape[1]
+    columns = max(len(episodes) for _, _, episodes in rows)
+    width = columns * (side + GAP) + GAP
+    lines = textwrap.wrap(f"“{instruction}”", width // 8)
+    top = STRIP * len(lines)
+    height = top + len(rows) * (side + 2 * STRIP + GAP)
+    blank = Image.new("RGB", (width + width % 2, height + height % 2), (20, 20, 20))  # H.264 wants even sides
+    draw = ImageDraw.Draw(blank)
+    for i, line in enumerate(lines):
+        draw.text((GAP + 2, STRIP * (i + 0.5)), line, WHITE, font, anchor="lm")
+    places = []  # (left, top of its row, episode)
+    for r, (title, colour, episodes) in enumerate(rows):
+        y = top + r * (side + 2 * STRIP + GAP)
+        draw.rectangle((GAP + 2, y + 6, GAP + 13, y + 17), colour)
+        draw.text((GAP + 20, y + STRIP / 2), title, WHITE, font, anchor="lm")
+        places += [(GAP + c * (side + GAP), y + STRIP, episode) for c, episode in enumerate(episodes)]
+
+    def picture(step: int) -> np.ndarray:
+        canvas = blank.copy()
+        draw = ImageDraw.Draw(canvas)
+        for x, y, episode in places:
+            end = len(episode.frames) - 1
+            canvas.paste(Image.fromarray(episode.frames[min(step, end)]), (x, y))
+            draw.text((x + 2, y + side + STRIP / 2), f"seed {episode.seed}", GREY, font, anchor="lm")
+            text, colour = f"step {min(step, end)}", WHITE
+            if step >= end:
+                outcomes = {True: ("success", GREEN), False: ("failure", RED), None: ("replay differs", GREY)}
+                outcome, colour = outcomes[episode.success]
+                text = f"{outcome}, step {end}"
+                draw.rectangle((x, y, x + side - 1, y + side - 1), None, colour, 4)
+            draw.text((x + side - 2, y + side + STRIP / 2), text, colour, font, anchor="rm")
+        return np.asarray(canvas)
+
+    steps = max(len(episode.frames) for *_, episode in places)
+    films = [picture(step) for step in range(steps)]
+    films += films[-1:] * math.ceil(1.5 * fps)  # time to read the outcomes
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp.mp4")
+    iio.imwrite(temporary, np.stack(films), fps=fps, codec="libx264", quality=None, macro_block_size=2,
+                output_params=["-crf", str(crf), "-movflags", "+faststart"])  # fmt: skip
+    temporary.replace(path)  # a film that is there is whole

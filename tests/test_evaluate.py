@@ -1,0 +1,439 @@
+"""Evaluation: its statistics, its report, and the program on the real simulator, in a real browser."""
+
+import ast
+import csv
+import json
+import re
+import shutil
+from fractions import Fraction
+from pathlib import Path
+from unittest import mock
+
+import chromium
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import tyro
+from scipy.stats import binomtest
+from test_main import checkpoints, one_thread, only_run, refusal, run  # noqa: F401 (two are fixtures)
+
+import envs
+import envs.evaluation
+from algos import evaluate
+from envs import films, ood, report
+from envs.evaluation import Evaluation, compare, rate_interval, summarise, wilson
+
+TASK = "PickCube-v1"
+SFT = "pi0-tiny-pickcube-state"
+VARIANT = f"{TASK}/execution-robot_noise-2"
+
+
+def outcome(success) -> Evaluation:
+    success = np.array(success, bool)
+    return Evaluation(success, np.where(success, 20, 50), envs.EVAL_SEED + np.arange(len(success)))
+
+
+# ------------------------------------------------------------------------------------------------------------- the statistics
+
+
+@pytest.mark.parametrize("episodes, p, q", [(100, 0.5, 0.7), (30, 0.9, 0.95), (12, 0.5, 0.5)])
+def test_one_environment_is_compared_by_the_exact_mcnemar_test(episodes, p, q):
+    rng = np.random.default_rng(episodes)
+    a, b = (rng.random((1, episodes)) < rate for rate in (p, q))
+    found = compare(b, a, [Fraction(1)])
+    won, lost = int((b & ~a).sum()), int((a & ~b).sum())
+    assert found.p == pytest.approx(binomtest(won, won + lost).pvalue)
+    assert found.difference == pytest.approx((won - lost) / episodes)
+    assert found.interval[0] < found.difference < found.interval[1]
+
+
+def test_several_environments_are_compared_by_flipping_the_signs_of_seeds():
+    """By hand: differences 2, 1, 1 have the sums ±4, ±2, ±2, 0 with a chance of 1/8 each but 0, which has 2/8."""
+    baseline = np.zeros((2, 4), bool)
+    success = np.array([[1, 1, 0, 0], [1, 0, 1, 0]], bool)
+    found = compare(success, baseline, [Fraction(1, 2)] * 2)
+    assert found.difference == 0.5 and found.p == 2 / 8
+    success[1, 2], baseline[1, 2] = False, True  # the third seed now has −1: the sum is 2
+    assert compare(success, baseline, [Fraction(1, 2)] * 2).p == 6 / 8
+    assert compare(success, success, [Fraction(1, 2)] * 2).p == 1
+
+
+def test_a_comparison_of_equals_is_no_certainty():
+    same = np.ones((1, 10), bool)
+    low, high = compare(same, same, [Fraction(1)]).interval
+    assert low < 0 < high
+
+
+def test_the_interval_of_one_environment_is_wilsons():
+    success = np.arange(40)[None] < 13
+    assert rate_interval(success, np.ones(1)) == pytest.approx((13 / 40, *wilson(13, 40)))
+    assert rate_interval(np.ones((1, 9), bool), np.ones(1))[1:] == pytest.approx(wilson(9, 9))
+
+
+def test_episodes_of_one_seed_count_as_one_where_they_end_alike():
+    rng = np.random.default_rng(0)
+    once = rng.random((1, 60)) < 0.5
+    alike, apart = np.repeat(once, 8, axis=0), rng.random((8, 60)) < 0.5
+    width = lambda success: np.diff(rate_interval(success, np.full(8, 1 / 8))[1:])[0]
+    assert width(alike) == pytest.approx(np.diff(wilson(once.sum(), 60))[0], rel=0.02)
+    assert width(apart) < 0.5 * width(alike)
+
+
+@pytest.mark.parametrize("variants", [1, 10])
+def test_the_intervals_cover_what_they_should(variants):
+    """95 % of them hold the true rate and the true difference, for outcomes that depend on the seed."""
+    rng, n = np.random.default_rng(variants), 400
+    weights, covered = [Fraction(1, variants)] * variants, np.zeros(2)
+    for _ in range(n):
+        difficulty = rng.normal(size=(1, 100))
+        a, b = ((difficulty + rng.normal(size=(variants, 100)) < threshold) for threshold in (0, 0.74161))  # 50 and 70 %
+        _, low, high = rate_interval(a, np.array(weights, float))
+        least, most = compare(b, a, weights).interval
+        covered += low <= 0.5 <= high, least <= 0.2 <= most
+    assert (covered / n > 0.92).all() and (covered / n < 0.98).all()
+
+
+FAMILIES = {
+    TASK: "id", f"{TASK}/vision-a-1": "vision", f"{TASK}/vision-a-2": "vision", f"{TASK}/execution-b-1": "execution"
+}  # fmt: skip
+
+
+def made_up(labels=("SFT", "StepNFT"), episodes=40) -> dict[str, dict[str, Evaluation]]:
+    rng = np.random.default_rng(0)
+    return {label: {env: outcome(rng.random(episodes) < 0.3 + 0.2 * i) for env in FAMILIES} for i, label in enumerate(labels)}
+
+
+def test_families_weigh_alike_whatever_their_size():
+    rates = dict(zip(FAMILIES, (0.9, 0.2, 0.4, 0.7)))
+    outcomes = {"a": {env: outcome(np.arange(10) < 10 * rate) for env, rate in rates.items()}}
+    outcomes["b"] = {env: outcome(np.arange(10) < 10 * rate - 1) for env, rate in rates.items()}
+    rows = summarise(outcomes, FAMILIES)
+    found = {row["name"]: row["policies"]["a"]["success"] for row in rows}
+    assert found == pytest.approx({**rates, "vision": 0.3, "execution": 0.7, "OOD mean": 0.5})
+    assert all(row["policies"]["b"]["difference"] == pytest.approx(-0.1) for row in rows)
+    assert "p" not in rows[0]["policies"]["a"]
+    only = summarise({"a": {TASK: outcomes["a"][TASK]}}, FAMILIES)
+    assert [row["name"] for row in only] == [TASK]
+
+
+# ---------------------------------------------------------------------------------------------------------------- the choices
+
+
+def test_suites_name_environments_families_and_variants():
+    everything = evaluate.select(TASK, ("id", "ood"), "rgb")
+    assert list(everything) == [TASK, *ood.variants(TASK)] and everything[VARIANT] == "execution"
+    blind = evaluate.select(TASK, ("id", "ood"), "state")
+    assert set(everything) - set(blind) == set(evaluate.select(TASK, ("vision",), "rgb"))
+    assert evaluate.select(TASK, ("execution-robot_noise-2", "id"), "state") == {VARIANT: "execution", TASK: "id"}
+    with pytest.raises(envs.EnvError, match="PickCube-v1 has no 'odd'"):
+        evaluate.select(TASK, ("id", "odd"), "rgb")
+    with pytest.raises(envs.EnvError, match="PokeCube-v1 has no 'ood'"):
+        evaluate.select("PokeCube-v1", ("id", "ood"), "rgb")
+
+
+def test_checkpoints_go_by_their_runs():
+    labels = evaluate.default_labels(("pi0-tiny-pickcube-rgb", "runs/ppo-1/policy", "runs/nft-1/rollout_policy", "there/sft/"))
+    assert labels == ["pi0-tiny-pickcube-rgb", "ppo-1", "nft-1 (θ_old)", "sft"]
+    assert evaluate.default_labels(("a/sft", "b/sft")) == ["a/sft", "b/sft"]
+
+
+def test_films_show_the_first_episodes_and_the_best_and_worst():
+    result = outcome([0, 1, 1, 1, 0, 0])
+    result.steps = np.array([50, 30, 12, 20, 50, 50])
+    together, best = evaluate.choose_films(TASK, "id", {"a": result}, 2, 2)
+    assert together[2] == [("a", "a", [0, 1])]
+    assert [numbers for _, _, numbers in best[2]] == [[2, 3], [0, 4]]
+    assert [len(film[2]) for film in evaluate.choose_films(TASK, "id", {"a": outcome([1, 1])}, 0, 2)] == [1]
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (dict(checkpoints=()), "no checkpoint given"),
+        (dict(episodes=0), "--episodes must be at least 1, got 0"),
+        (dict(num_envs=0), "--num-envs"),
+        (dict(execute=-1), "--execute"),
+        (dict(video_episodes=-1), "--video-episodes"),
+        (dict(render_best_of=-1), "--render-best-of"),
+        (dict(eval_seed=2**32), "--eval-seed"),
+        (dict(labels=("one", "two")), "--labels"),
+        (dict(suites=()), "--suites"),
+        (dict(device="gpu"), "--device"),
+    ],
+)
+def test_arguments_that_cannot_work_are_named_in_one_line(arguments, named):
+    with pytest.raises(envs.EnvError) as error:
+        evaluate.check(evaluate.Args(**dict(checkpoints=("somewhere",)) | arguments))
+    assert named in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["nowhere"], "'nowhere' is neither a folder nor a bundled name"),
+        ([SFT, "--episodes", 0], "--episodes must be at least 1, got 0"),
+        ([SFT, "--env-id", "PickCubes-v1"], "unknown environment id 'PickCubes-v1'"),
+        ([SFT, "--env-id", VARIANT], "is a variant"),
+        ([SFT, "--obs-mode", "rgb"], "acts in state mode, not rgb"),
+        ([SFT, "--suites", "id", "visions"], "has no 'visions'"),
+        ([SFT, "--execute", 99], "--execute 99 is longer than the 8 actions"),
+        ([SFT, "pi0-tiny-pickcube-rgb"], "differ in their obs mode (pi0-tiny-pickcube-state: state, pi0-tiny-pickcube-rgb: rgb)"),
+        ([SFT, SFT, "--labels", "a", "b"], "the same"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line_before_anything_begins(arguments, named, tmp_path):
+    assert named in refusal("evaluate", *arguments, cwd=tmp_path)
+
+
+def test_checkpoints_of_two_tasks_are_not_compared(checkpoints, tmp_path):  # noqa: F811
+    other = shutil.copytree(checkpoints["state"], tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | dict(meta=dict(env_id="PushCube-v1", obs_mode="state"))))
+    assert "differ in their task" in refusal("evaluate", checkpoints["state"], other, cwd=tmp_path)
+    (other / "config.json").write_text(json.dumps(config | dict(meta=dict(obs_mode="state"))))
+    assert "does not say what task it was trained on: add --env-id" in refusal("evaluate", other, cwd=tmp_path)
+
+
+def test_the_digest_is_of_what_a_policy_does(checkpoints, tmp_path):  # noqa: F811
+    copy = shutil.copytree(checkpoints["state"], tmp_path / "copy")
+    assert evaluate.digest(copy) == evaluate.digest(checkpoints["state"]) != evaluate.digest(checkpoints["rgb"])
+    with open(copy / "model.safetensors", "r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)
+        file.seek(-1, 2)
+        file.write(bytes([last[0] ^ 1]))
+    assert evaluate.digest(copy) != evaluate.digest(checkpoints["state"])
+
+
+# ----------------------------------------------------------------------------------------------------------------- the report
+
+
+def made_up_results(labels=("SFT", "StepNFT")) -> dict:
+    return dict(
+        env_id=TASK, obs_mode="rgb", episodes=40, eval_seed=envs.EVAL_SEED, num_envs=40, date="2026-01-31",
+        command="python algos/evaluate.py a b", rows=summarise(made_up(labels), FAMILIES), versions=dict(python="3.11"),
+        checkpoints=[dict(label=label, checkpoint=f"runs/{i}") for i, label in enumerate(labels)],
+    )  # fmt: skip
+
+
+def test_markdown_has_a_row_per_family_and_variant():
+    text = report.markdown(made_up_results())
+    rows = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("|")]
+    assert [row for row in rows if row not in ("", "---")] == [
+        "In distribution", "Vision", "Execution", "OOD mean", "a, mild", "a, strong", "b, mild"
+    ]  # fmt: skip
+    results = made_up_results()
+    policy = results["rows"][0]["policies"]["StepNFT"]
+    assert f"{100 * policy['success']:.1f} [{100 * policy['interval'][0]:.1f}, " in text
+    assert f"{100 * policy['difference']:+.1f}".replace("-", "−") in text and report.p_value(policy["p"]) in text
+
+
+def test_the_page_needs_nothing_else_and_believes_no_label(tmp_path):
+    film = report.Film(tmp_path / "film.mp4", "<i>title</i>", "caption")
+    film.path.write_bytes(b"film")
+    curve = [dict(env_steps=n, success=0.5, episodes=8) for n in (0, 1000, 3000)]
+    page = report.html(made_up_results(("<b>&", "B")), {"B": curve}, [film])
+    assert "<i>title" not in page and "<b>&<" not in page and "&lt;b&gt;&amp;" in page
+    for source in re.findall(r'(?:src|href)="([^"]*)"', page):
+        assert source.startswith("data:")
+    assert "http" not in page and "url(" not in page and "@import" not in page and "<script" not in page
+    assert "Learning curves" in page and "Learning curves" not in report.html(made_up_results(), {}, [])
+
+
+def test_films_beyond_the_budget_are_named_instead(tmp_path):
+    shown = [report.Film(tmp_path / f"{size}.mp4", f"film {size}", "") for size in (50, 80, 40)]
+    for film, size in zip(shown, (50, 80, 40)):
+        film.path.write_bytes(bytes(size))
+    with mock.patch.object(report, "VIDEO_BUDGET", 100):
+        page = report.html(made_up_results(), {}, shown)
+    assert page.count("<video") == 2 and "film 40" in page and "film 80" not in page and "80.mp4" in page
+
+
+def test_a_film_is_what_browsers_play(tmp_path):
+    rng = np.random.default_rng(0)
+    episodes = [films.Episode(i, rng.integers(0, 255, (length, 64, 64, 3), np.uint8), i == 0) for i, length in enumerate((5, 9))]
+    films.write(tmp_path / "film.mp4", "do this", [("one", (0, 114, 178), episodes), ("other", (230, 159, 0), episodes[:1])])
+    details = iio.immeta(tmp_path / "film.mp4", plugin="FFMPEG")
+    assert details["codec"] == "h264" and details["pix_fmt"].startswith("yuv420p")
+    frames = iio.imread(tmp_path / "film.mp4", plugin="FFMPEG")
+    assert len(frames) == 9 + 30 and frames.shape[1] % 2 == frames.shape[2] % 2 == 0
+    edge = (films.GAP + 30, 2 * films.STRIP + 1)  # x, y on the first tile's upper edge
+    assert np.abs(frames[8, edge[1], edge[0]].astype(int) - films.GREEN).max() < 40
+    assert not any(path.name.startswith(".") for path in tmp_path.iterdir())
+
+
+# ----------------------------------------------------------------------------------------------------------------- the program
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(run folder, evaluations): a short training run from the bundled policy, and every evaluation that it made."""
+    folder, made = tmp_path_factory.mktemp("training"), []
+
+    def spy(*args, **kwargs):
+        made.append(original(*args, **kwargs))
+        return made[-1]
+
+    original = envs.evaluation.evaluate
+    arguments = "--obs-mode state --num-envs 8 --rollout-epochs 1 --group-size 4 --iterations 1 --final-eval-episodes 12 "
+    arguments += "--learning-rate 1e-3 --warmup-iterations 0 --num-threads 1 --no-video --rollout-steps 16"
+    with mock.patch.object(envs.evaluation, "evaluate", spy):
+        run("stepnft_pi0", *arguments.split(), cwd=folder)
+    return only_run(folder), made
+
+
+@pytest.fixture(scope="module")
+def arguments(trained):
+    policy = trained[0] / "policy"
+    return [SFT, policy, "--labels", "SFT", "StepNFT", "--suites", "id", "execution-robot_noise-2", "--num-envs", 8,
+            "--episodes", 12, "--video-episodes", 1, "--render-best-of", 1, "--num-threads", 1]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def evaluated(arguments, tmp_path_factory):
+    """(folder that the program ran in, its output folder, the replays of its films)."""
+    folder, replays = tmp_path_factory.mktemp("evaluation"), []
+
+    def spy(*args, **kwargs):
+        replays.extend(replay(*args, **kwargs))
+        return replays[-len(args[1]) :]
+
+    replay = films.replay
+    with mock.patch.object(films, "replay", spy):
+        run("evaluate", *arguments, cwd=folder)
+    return folder, only_run(folder), replays
+
+
+def read_outcomes(output: Path) -> dict[tuple[str, str], Evaluation]:
+    rows: dict[tuple[str, str], list] = {}
+    with open(output / "outcomes.csv") as file:
+        for row in csv.DictReader(file):
+            rows.setdefault((row["checkpoint"], row["environment"]), []).append(row)
+    column = lambda table, name: np.array([int(row[name]) for row in table])
+    return {key: Evaluation(column(t, "success") == 1, column(t, "steps"), column(t, "seed")) for key, t in rows.items()}
+
+
+def test_training_and_the_program_evaluate_alike(trained, evaluated):
+    """Episode by episode, before and after; and so do the figures of the run's result.json."""
+    folder, (before, after, _) = trained
+    found, result = read_outcomes(evaluated[1]), json.loads((folder / "result.json").read_text())
+    rows = {row["name"]: row["policies"] for row in json.loads((evaluated[1] / "results.json").read_text())["rows"]}
+    for label, expected, key in (("SFT", before, "before"), ("StepNFT", after, "after")):
+        for name in ("success", "steps", "seeds"):
+            assert (getattr(found[label, TASK], name) == getattr(expected, name)).all()
+        assert rows[TASK][label]["success"] == result[key]["success"]
+        assert rows[TASK][label]["interval"] == pytest.approx(result[key]["interval"])
+    assert 0 < before.success.sum() < 12  # something to agree on
+    assert (before.steps != after.steps).any()
+
+
+def test_everything_is_written(evaluated):
+    _, output, _ = evaluated
+    found = read_outcomes(output)
+    assert set(found) == {(label, env) for label in ("SFT", "StepNFT") for env in (TASK, VARIANT)}
+    assert all(len(result.seeds) == 12 and result.seeds[0] == envs.EVAL_SEED for result in found.values())
+    results = json.loads((output / "results.json").read_text())
+    assert [row["name"] for row in results["rows"]] == [TASK, VARIANT, "execution"]
+    assert results["command"].startswith("python ") and "--labels SFT StepNFT" in results["command"]
+    assert {"torch", "mani-skill", "python"} <= set(results["versions"])
+    for label in ("SFT", "StepNFT"):
+        assert found[label, TASK].success.mean() == results["rows"][0]["policies"][label]["success"]
+    assert "| In distribution |" in (output / "table.md").read_text()
+    page = (output / "report.html").read_text()
+    assert page.count("<video") == len(list((output / "videos").iterdir())) == 4 and "Learning curves" in page
+    assert len(page) < 15_000_000
+
+
+def test_films_repeat_the_evaluated_episodes(evaluated):
+    """Actions alone, without the policy, lead to the same end in the same number of steps."""
+    _, output, replays = evaluated
+    found = read_outcomes(output)
+    assert len(replays) >= 6
+    first = replays[0]
+    assert first.seed == envs.EVAL_SEED and len(first.frames) == found["SFT", TASK].steps[0] + 1
+    assert all(episode.success is not None for episode in replays)
+    assert all(episode.frames.std() > 5 for episode in replays)
+
+
+def test_what_is_there_is_not_repeated(arguments, evaluated, trained, tmp_path):
+    folder, output, _ = evaluated
+    times = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.suffix in (".npz", ".mp4")}
+    with mock.patch.object(envs, "make", side_effect=AssertionError("nothing is left to simulate")):
+        run("evaluate", *arguments, cwd=folder)
+    assert only_run(folder) == output and times == {path: path.stat().st_mtime_ns for path in times}
+
+    # other weights, seeds or numbers of episodes are another matter
+    for more in (["--eval-seed", 7], ["--episodes", 4], ["--execute", 3]):
+        with mock.patch.object(envs, "make", side_effect=envs.EnvError("to be simulated")), pytest.raises(SystemExit) as stop:
+            run("evaluate", *arguments, *more, "--output", output, cwd=folder)
+        assert stop.value.code == "error: to be simulated"
+
+
+def test_an_interruption_keeps_what_is_complete(arguments, evaluated, tmp_path):
+    output = shutil.copytree(evaluated[1], tmp_path / "output")
+    described = json.loads((output / "results.json").read_text())["checkpoints"]
+    (lost,) = (output / "episodes").glob(f"*robot_noise*{described[1]['sha256'][:12]}.npz")
+    lost.unlink()
+    for name in ("report.html", "outcomes.csv"):
+        (output / name).unlink()
+    with mock.patch.object(envs, "make", side_effect=KeyboardInterrupt), pytest.raises(SystemExit) as stop:
+        run("evaluate", *arguments, "--output", output, cwd=tmp_path)
+    assert stop.value.code.startswith("interrupted")
+    assert {env for _, env in read_outcomes(output)} == {TASK} and "<video" in (output / "report.html").read_text()
+    run("evaluate", *arguments, "--output", output, cwd=tmp_path)
+    whole = read_outcomes(output)
+    for key, expected in read_outcomes(evaluated[1]).items():
+        assert (whole[key].success == expected.success).all() and (whole[key].steps == expected.steps).all()
+
+
+@pytest.mark.skipif(chromium.EXECUTABLE is None, reason="no Chromium on this machine (Debian: apt-get install chromium)")
+def test_the_report_in_a_browser(evaluated):
+    """Opened as a file: no error, the charts in their places, light and dark, on a phone too, and a film that plays."""
+    _, output, _ = evaluated
+    with chromium.Page() as page:
+        widths, backgrounds = [], []
+        for width, scheme in ((1200, "light"), (390, "dark")):
+            page.look(width, 844, scheme, mobile=width < 500)
+            page.open(output / "report.html")
+            widths.append(page.evaluate("document.documentElement.scrollWidth") - width)
+            backgrounds.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+            chart = "document.querySelector('svg.chart')"
+            bars = page.evaluate(f"[...{chart}.querySelectorAll('rect')].map(bar => bar.getBoundingClientRect().width)")
+            whole = page.evaluate(f"{chart}.getBoundingClientRect().width")
+            results = json.loads((output / "results.json").read_text())
+            rates = [row["policies"][label]["success"] for row in report.headline(results) for label in ("SFT", "StepNFT")]
+            assert bars == pytest.approx([rate * whole for rate in rates], abs=1)
+        assert widths == [0, 0]  # nothing sticks out
+        assert backgrounds == ["rgb(255, 255, 255)", "rgb(21, 24, 27)"]
+        assert page.evaluate("document.querySelectorAll('polyline').length") == 1
+        for number in range(page.evaluate("document.querySelectorAll('video').length")):
+            played = page.evaluate(f"""(async () => {{
+                const video = document.querySelectorAll('video')[{number}]
+                await video.play()
+                const start = performance.now()
+                while (video.currentTime < 0.3 && performance.now() - start < 30000) await new Promise(r => setTimeout(r, 50))
+                return [video.currentTime, video.videoWidth, video.videoHeight]
+            }})()""")
+            assert played[0] >= 0.3 and min(played[1:]) > 200
+        assert page.errors == []
+
+
+@pytest.mark.skipif(chromium.EXECUTABLE is None, reason="no Chromium on this machine (Debian: apt-get install chromium)")
+def test_the_browser_would_have_told(tmp_path):
+    (tmp_path / "bad.html").write_text("<script>console.error('odd'); missing()</script><img src='nowhere.png'>")
+    with chromium.Page() as page:
+        page.open(tmp_path / "bad.html")
+        assert len(page.errors) >= 3
+
+
+def test_help_explains_every_option(monkeypatch, capsys):
+    """As that of the training files, but for the checkpoints, which go by their place."""
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit):
+        tyro.cli(evaluate.Args, args=["--help"])
+    text = capsys.readouterr().out
+    classes = [node for node in ast.parse(Path(evaluate.__file__).read_text()).body if isinstance(node, ast.ClassDef)]
+    (definition,) = (node for node in classes if node.name == "Args")
+    for option, docstring in zip(definition.body[::2], definition.body[1::2], strict=True):
+        assert option.target.id == "checkpoints" or f"--{option.target.id.replace('_', '-')}" in text
+        assert docstring.value.value.splitlines()[0] in text
