@@ -35,7 +35,7 @@ class Args:
     env_ids: tuple[str, ...] = tuple(ood.TASKS)
     """tasks"""
     episodes: int = 50
-    """expert episodes per variant, with seeds seed, seed + 1, …; a vision variant, whose states are the plain task's, gets a tenth"""
+    """expert episodes per variant, with seeds seed, seed + 1, …; vision variants, whose states are the task's own, get a tenth"""
     seed: int = envs.EVAL_SEED
     """first seed"""
     sheet: bool = True

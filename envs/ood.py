@@ -524,7 +524,7 @@ class Varied:
                     for i, step in enumerate(self._elapsed_steps)
                 ]
                 noise = self.change.image_noise * torch.as_tensor(np.stack(noise), device=rgb.device)
-                textures["rgb"] = (rgb + noise).clamp(0, 255).to(torch.uint8)
+                textures["rgb"] = (rgb + noise).round().clamp(0, 255).to(torch.uint8)
         return data
 
 
