@@ -98,9 +98,10 @@ def write(
     The instruction stands on top; below each tile its seed, the step and, once the episode has ended, the outcome.
     """
     import imageio.v3 as iio
+    import matplotlib
     from PIL import Image, ImageDraw, ImageFont
 
-    font = ImageFont.load_default(14)
+    font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", 13)  # Pillow's own knows no Greek
     side = rows[0][2][0].frames.shape[1]
     columns = max(len(episodes) for _, _, episodes in rows)
     width = columns * (side + GAP) + GAP

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -198,9 +198,9 @@ def soft(text: str) -> str:
     return tag("p", escape(text), class_="soft")
 
 
-def legend(labels: list[str]) -> str:
-    """Which colour is whose, where there are several."""
-    entries = [tag("span", swatch(i), escape(label)) for i, label in enumerate(labels)]
+def legend(labels: list[str], shown: Collection[str] | None = None) -> str:
+    """Which colour is whose, where there are several: of all, or of those in the chart."""
+    entries = [tag("span", swatch(i), escape(label)) for i, label in enumerate(labels) if label in (shown or labels)]
     return tag("div", *entries, class_="legend") if len(labels) > 1 else ""
 
 
@@ -328,7 +328,7 @@ def html(results: dict, curves: dict[str, list[dict]], films: Sequence[Film]) ->
     if more:
         parts.append(tag("details", tag("summary", "How the numbers are made"), *map(soft, more)))
     if curves:
-        parts += [tag("h2", "Learning curves"), legend(labels), learning_curves(curves, labels),
+        parts += [tag("h2", "Learning curves"), legend(labels, curves), learning_curves(curves, labels),
                   soft("As the runs evaluated themselves in distribution while training, with 95 % Wilson intervals.")]  # fmt: skip
     if groups := variants(results):
         parts += [tag("h2", "Out of distribution, each variant"), legend(labels)]

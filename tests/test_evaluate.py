@@ -176,7 +176,7 @@ def test_arguments_that_cannot_work_are_named_in_one_line(arguments, named):
         ([SFT, "--env-id", VARIANT], "is a variant"),
         ([SFT, "--obs-mode", "rgb"], "acts in state mode, not rgb"),
         ([SFT, "--suites", "id", "visions"], "has no 'visions'"),
-        ([SFT, "--execute", 99], "--execute 99 is longer than the 8 actions"),
+        ([SFT, "--execute", 99], "--execute 99 is longer than the 4 actions"),
         ([SFT, "pi0-tiny-pickcube-rgb"], "differ in their obs mode (pi0-tiny-pickcube-state: state, pi0-tiny-pickcube-rgb: rgb)"),
         ([SFT, SFT, "--labels", "a", "b"], "the same"),
     ],
