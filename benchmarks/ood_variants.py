@@ -73,7 +73,7 @@ def contact_sheet(cells: list[Image.Image], path: Path) -> None:
         sheet.paste(picture, (width * (i % COLUMNS), height * (i // COLUMNS)))
     path.parent.mkdir(parents=True, exist_ok=True)
     for colors in (256, 128, 64, 32):
-        sheet.quantize(colors, dither=Image.Dither.NONE).save(path, optimize=True)
+        sheet.quantize(colors, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(path, optimize=True)
         if path.stat().st_size <= LIMIT:
             return
 

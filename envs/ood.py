@@ -87,7 +87,7 @@ class Change:
     goal_turn: float = 0.0
     """The goal region is turned about the object by up to this angle to either side, degrees."""
     joints: tuple[float, ...] = ()
-    """Added to the arm's seven start angles, rad."""
+    """Added to the first of the arm's start angles, rad."""
     joint_noise: float | None = None
     """Standard deviation of the start angles, rad (ManiSkill's own: 0.02)."""
     jump: float = 0.0
@@ -100,8 +100,9 @@ DISTRACTOR_REGION = ((-0.22, 0.10), (-0.17, 0.17))  # m, x and y; in the default
 DISTRACTOR_GAP = 0.075  # m from the way and between distractors, centre to centre
 
 WHITE, BLACK, BROWN, DARK_BROWN = (0.8, 0.8, 0.8), (0.02, 0.02, 0.02), (0.32, 0.17, 0.09), (0.16, 0.08, 0.04)
-GREY, PURPLE, ORANGE, YELLOW = (0.25, 0.26, 0.28), (0.13, 0.02, 0.25), (1.0, 0.25, 0.0), (0.9, 0.7, 0.0)
-RED, GREEN, BLUE, CYAN = (1.0, 0.0, 0.0), (0.0, 0.6, 0.05), (0.0, 0.05, 0.8), (0.0, 0.5, 0.6)
+GREY, PURPLE, YELLOW = (0.25, 0.26, 0.28), (0.13, 0.02, 0.25), (0.9, 0.7, 0.0)
+RED, GREEN, BLUE = (1.0, 0.0, 0.0), (0.0, 0.6, 0.05), (0.0, 0.05, 0.8)
+PINK, CYAN = (0.9, 0.02, 0.35), (0.0, 0.5, 0.6)
 
 Pair = tuple[Change, Change]  # strength 1 (mild) and 2 (strong)
 
@@ -128,10 +129,7 @@ VISION: dict[str, Pair] = {
 }  # fmt: skip
 
 EXECUTION: dict[str, Pair] = {
-    "execution-robot_pose": (  # tool ≈ 8 cm to the side; 20 cm to the other and higher
-        Change(joints=(0.13, 0, 0, 0, 0, 0, 0)),
-        Change(joints=(-0.33, -0.15, 0, 0.1, 0, 0, 0)),
-    ),
+    "execution-robot_pose": (Change(joints=(0.13,)), Change(joints=(-0.25,))),  # the tool 8 and 15 cm to the side
     "execution-robot_noise": (Change(joint_noise=0.04), Change(joint_noise=0.07)),
     "execution-object_moved": (Change(jump=0.03), Change(jump=0.06)),
 }
@@ -151,7 +149,7 @@ class Task:
 
 
 _CUBES = (Thing("cylinder", 0.02, BLUE), Thing("cube", 0.015, YELLOW))
-_CROWD = (Thing("ball", 0.02, RED), Thing("cube", 0.02, BLUE), Thing("cylinder", 0.02, GREEN), Thing("cube", 0.02, ORANGE))
+_CROWD = (Thing("ball", 0.02, RED), Thing("cube", 0.02, BLUE), Thing("cylinder", 0.02, GREEN), Thing("cube", 0.02, WHITE))
 DISTRACTORS: Pair = (Change(distractors=_CUBES), Change(distractors=_CROWD))
 
 
@@ -192,12 +190,12 @@ TASKS: dict[str, Task] = {
         "goal_site",
         {
             "semantic-object_color": (
-                Change(colors={"cube": ORANGE}, instruction="pick up the orange cube and move it to the goal"),
+                Change(colors={"cube": PINK}, instruction="pick up the pink cube and move it to the goal"),
                 Change(colors={"cube": BLUE}, instruction="pick up the blue cube and move it to the goal"),
             ),
             "semantic-object_size": (
-                Change(sizes={"cube_half_size": 0.025}),
-                Change(sizes={"cube_half_size": 0.013}),
+                Change(sizes={"cube_half_size": 0.016}),
+                Change(sizes={"cube_half_size": 0.012}),
             ),
             "semantic-object_shape": (
                 Change(things={"cube": Thing("cylinder", 0.02)}, instruction="pick up the red cylinder and move it to the goal"),
@@ -225,7 +223,7 @@ TASKS: dict[str, Task] = {
         "cubeB",
         {
             "semantic-object_color": (
-                Change(colors={"cubeA": ORANGE}, instruction="stack the orange cube on the green cube"),
+                Change(colors={"cubeA": PINK}, instruction="stack the pink cube on the green cube"),
                 Change(colors={"cubeA": BLUE, "cubeB": YELLOW}, instruction="stack the blue cube on the yellow cube"),
             ),
             "semantic-object_size": (
@@ -261,7 +259,7 @@ TASKS: dict[str, Task] = {
         None,
         {
             "semantic-object_color": (
-                Change(colors={"peg": (ORANGE, CYAN)}),
+                Change(colors={"peg": (PINK, CYAN)}),
                 Change(colors={"peg": (YELLOW, GREEN)}),
             ),
             "semantic-object_size": (
