@@ -27,6 +27,7 @@ from tqdm import tqdm
 import envs
 import policies
 from envs.evaluation import evaluate, plot_curve, record
+from policies.pi0 import sample_time
 
 
 @dataclass
@@ -404,6 +405,8 @@ if __name__ == "__main__":
             for param_group in optimizer.param_groups:
                 param_group["lr"] = args.learning_rate * min(1.0, (iteration + 1) / max(1, args.warmup_iterations))
             for _ in range(args.update_epochs if M else 0):  # nothing to learn from where no group has contrast
+                b_noise = torch.randn(M, args.draws, H, A, device=device)
+                b_t = sample_time((M, args.draws), device)  # as in the policy's own training
                 for minibatch in torch.randperm(M, device=device).chunk(args.num_minibatches):
                     optimizer.zero_grad()
                     for mb in minibatch.split(args.micro_batch or M):  # the loss is a mean over chunks, so are the gradients
@@ -413,9 +416,8 @@ if __name__ == "__main__":
                             inputs, prefix = prefix, policy.encode_prefix(*prefix)
                             with torch.no_grad():  # a frozen VLM is θ_old's too
                                 old_prefix = prefix if args.train == "expert" else rollout_policy.encode_prefix(*inputs)
-                        x_0 = b_x[mb, None].expand(-1, args.draws, -1, -1)  # (b, n, H, A): draws that share a prefix
-                        t, noise = torch.rand(x_0.shape[:2], device=device), torch.randn_like(x_0)
-                        x_t = x_0.lerp(noise, t[..., None, None])  # the forward process
+                        x_0, noise, t = b_x[mb, None], b_noise[mb], b_t[mb]  # (b, 1, H, A), (b, n, H, A), (b, n)
+                        x_t = (1 - t[..., None, None]) * x_0 + t[..., None, None] * noise  # the forward process
                         v_theta = policy.velocity(prefix, b_state[mb], x_t, t).float()
                         with torch.no_grad():
                             v_old = rollout_policy.velocity(old_prefix, b_state[mb], x_t, t).float()

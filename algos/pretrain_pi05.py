@@ -97,7 +97,7 @@ def main(args: Args) -> None:
 
     def tell(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What the policy tells of scenes `rows` (b,) with random numbers in their prompts, and the truth: both (b, count)."""
-        numbers = 2 * torch.rand(len(rows), state_dim) - 1
+        numbers = 2.2 * torch.rand(len(rows), state_dim) - 1.1  # states leave the range of the demonstrations: bins -1 and 255
         obs = {"state": numbers.numpy()} | ({"image": data.image[rows.numpy()]} if rgb else {})
         images, image_mask, tokens, token_mask, state = policy.processor(obs, [instruction] * len(rows))
         prefix = policy.encode_prefix(images, image_mask, tokens, token_mask)
@@ -106,7 +106,7 @@ def main(args: Args) -> None:
         return told, torch.cat((numbers, located[rows]), dim=1) if rgb else numbers
 
     def report() -> dict:
-        """Errors on held-out scenes: median of the numbers, whose range is [-1, 1], and of the positions, mm."""
+        """Errors on held-out scenes: median of the numbers, whose range is [-1.1, 1.1], and of the positions, mm."""
         rows = torch.arange(held_out, len(targets))[:: max(1, (len(targets) - held_out) // 512)] if rgb else torch.zeros(512)
         with torch.no_grad():
             parts = [told - truth for told, truth in map(tell, rows.split(128))]

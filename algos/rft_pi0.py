@@ -26,6 +26,7 @@ from tqdm import tqdm
 import envs
 import policies
 from envs.evaluation import evaluate, plot_curve, record
+from policies.pi0 import sample_time
 
 
 @dataclass
@@ -59,9 +60,9 @@ class Args:
     """steps after which a training episode counts as failed; 0: the task's own limit, as in evaluations"""
     num_steps: int = 4
     """solver steps K (πRL, StepNFT: 4)"""
-    noise_level: float = 0.0
-    """a of σ_t = a·sqrt(t / (1 − t)), exploration noise on every solver step. 0: the ODE, since what is noisy in a successful chunk
-    would be cloned too"""
+    noise_level: float = 0.3
+    """a of σ_t = a·sqrt(t / (1 − t)), exploration noise on every solver step; with 0, the ODE, what barely succeeds is cloned as if
+    it had a margin (docs/rft.md)"""
     group_size: int = 1
     """episodes from one initial state (--contrast needs more than 1)"""
     contrast: bool = False
@@ -155,14 +156,21 @@ def flow_sde_sample(
 
 
 def rft_loss(
-    policy: policies.Pi0, prefix: policies.Prefix, state: torch.Tensor, actions: torch.Tensor, *, draws: int, mask: torch.Tensor
+    policy: policies.Pi0,
+    prefix: policies.Prefix,
+    state: torch.Tensor,
+    actions: torch.Tensor,
+    noise: torch.Tensor,
+    t: torch.Tensor,
+    *,
+    mask: torch.Tensor,
 ) -> torch.Tensor:
-    """Flow matching: mean (v_θ(x_t) − (ε − a))² at x_t = (1 − t)·a + t·ε for chunks a, over `draws` noises ε and times t of each.
+    """Flow matching (arXiv 2410.24164) on executed chunks a: mean (v_θ(x_t) − (ε − a))² at x_t = (1 − t)·a + t·ε.
 
-    actions: (B, H, A); mask: (H, A) bool, entries that were executed: only what led to success is worth cloning.
+    actions a: (B, H, A); noise ε, time t: (B, n, H, A), (B, n), n draws per chunk, which share its prefix; mask: (H, A) bool,
+    entries that are executed: the others have no part in the success.
     """
-    targets = actions[:, None].expand(-1, draws, -1, -1)  # (B, draws, H, A): the draws share the chunk's prefix
-    return policy.flow_loss(prefix, state, targets)[..., mask].mean()
+    return policy.flow_loss(prefix, state, actions[:, None], noise, t)[..., mask].mean()
 
 
 def chunks_to_clone(success: np.ndarray, group: np.ndarray, episode: np.ndarray, contrast: bool) -> np.ndarray:
@@ -364,6 +372,8 @@ if __name__ == "__main__":
             for param_group in optimizer.param_groups:
                 param_group["lr"] = args.learning_rate * min(1.0, (iteration + 1) / max(1, args.warmup_iterations))
             for _ in range(args.update_epochs if M else 0):  # nothing to learn from where no episode succeeded
+                b_noise = torch.randn(M, args.draws, H, A, device=device)
+                b_t = sample_time((M, args.draws), device)  # as in the policy's own training
                 for minibatch in torch.randperm(M, device=device).chunk(args.num_minibatches):
                     optimizer.zero_grad()
                     for mb in minibatch.split(args.micro_batch or M):  # the loss is a mean over chunks, so are the gradients
@@ -371,7 +381,7 @@ if __name__ == "__main__":
                         prefix = stored[used[mb]].to(device)
                         if prefix_cache == "off":
                             prefix = policy.encode_prefix(*prefix)
-                        loss = rft_loss(policy, prefix, b_state[mb], b_x[mb], draws=args.draws, mask=mask)
+                        loss = rft_loss(policy, prefix, b_state[mb], b_x[mb], b_noise[mb], b_t[mb], mask=mask)
                         (share * loss).backward()
                         sums["loss"] = sums.get("loss", 0.0) + share * loss.item()
                     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)

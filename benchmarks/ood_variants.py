@@ -92,7 +92,9 @@ if __name__ == "__main__":
     for task in args.env_ids:
         ids = [i for i in [task, *ood.variants(task)] if args.variant in i]
         if args.sheet:
+            alive = maniskill.ManiSkillEnv(EnvSpec(task))  # without one, SAPIEN would compile its shaders anew for every picture
             cells = [cell(i, args.sheet_seed) for i in tqdm(ids, desc=f"{task}: pictures", leave=False)]
+            alive.close()
             contact_sheet(cells, IMAGES / f"ood_{task}.png")
         for env_id in ids if args.experts else []:
             results = json.loads(OUT.read_text()) if OUT.exists() else {}

@@ -170,13 +170,15 @@ svg .soft { fill: var(--soft); font-size: 12px }
 .grid { stroke: var(--line) }
 .whisker { stroke: var(--ink); stroke-width: 1.5 }
 figure { margin: 0 0 1.75rem }
-video { display: block; width: 100%; height: auto; border-radius: 6px; background: #141414 }
+video { display: block; max-width: 100%; height: auto; border-radius: 6px; background: #141414 }
 figcaption { margin-top: .4rem }
 pre { overflow-x: auto; padding: .8rem 1rem; border-radius: 6px; background: var(--card); font-size: .8125rem; line-height: 1.5 }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; margin: .5rem 0; font-size: .875rem }
 dt { color: var(--soft) } dd { margin: 0; overflow-wrap: anywhere }
 summary { cursor: pointer; font-size: .875rem; padding: .25rem 0 }
-@media (max-width: 36rem) { body { padding: 1.25rem 1rem 3rem } .bars { padding-right: 8.75rem } }
+@media (max-width: 36rem) { body { padding: 1.25rem 1rem 3rem } .bars { padding-right: 8.75rem }
+  th, td.number { font-size: .875rem } th:first-child { min-width: 0 } td { font-size: .75rem; padding-left: .35rem }
+  thead th, td.number { padding-left: .7rem } }
 """.replace("COLOURS", " ".join(f"--c{i}: {colour};" for i, colour in enumerate(COLOURS)))
 
 

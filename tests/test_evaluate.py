@@ -276,7 +276,7 @@ def trained(tmp_path_factory):
 
     original = envs.evaluation.evaluate
     arguments = "--obs-mode state --num-envs 8 --rollout-epochs 1 --group-size 4 --iterations 1 --final-eval-episodes 12 "
-    arguments += "--labels binary --learning-rate 3e-3 --warmup-iterations 0 --num-threads 1 --no-video --rollout-steps 16"
+    arguments += "--labels binary --learning-rate 6e-4 --warmup-iterations 0 --num-threads 1 --no-video --rollout-steps 16"
     with mock.patch.object(envs.evaluation, "evaluate", spy):
         run("stepnft_pi0", *arguments.split(), cwd=folder)
     return only_run(folder), made
