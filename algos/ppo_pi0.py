@@ -63,7 +63,7 @@ class Args:
     """solver steps K (authors: 4)"""
     noise: Literal["sde", "learned"] = "sde"
     """sde: Flow-SDE, one random solver step of a chunk is noisy; learned: Flow-Noise, all are, by a noise network"""
-    noise_level: float = 0.5
+    noise_level: float = 1.0
     """sde: a of σ_t = a·sqrt(t / (1 − t)), the exploration noise of the one step (authors: 0.5)"""
     noise_min: float = 0.08
     """learned: least standard deviation of a solver step (πRL: between 0.08 and 0.16)"""
@@ -83,7 +83,7 @@ class Args:
     """passes over each iteration's chunks (authors, with larger batches: 4)"""
     num_minibatches: int = 8
     """minibatches per epoch: few and large, as Adam's full-size steps amplify gradient noise"""
-    learning_rate: float = 1e-5
+    learning_rate: float = 3e-5
     """Adam's for the policy (authors: 5e-6 LIBERO, 7.9e-6 ManiSkill, at 3 B parameters)"""
     value_learning_rate: float = 1e-3
     """Adam's for the value head (authors: 1e-4 LIBERO, 1.6e-4 ManiSkill)"""

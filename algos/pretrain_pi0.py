@@ -54,6 +54,8 @@ class Args:
     """seed of everything random"""
     num_threads: int = 0
     """torch threads; 0: one per core"""
+    device: str = "auto"
+    """cpu, cuda, or auto"""
 
 
 def main(args: Args) -> None:
@@ -61,11 +63,12 @@ def main(args: Args) -> None:
         raise envs.EnvError("--episodes, --epochs and --batch-size must be positive")
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.num_threads or os.cpu_count())
+    device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu"))
     path = f"demos/{args.env_id}-scenes-{args.image_size}px-{args.episodes}-noise{args.noise}.h5"
     if args.dataset or os.path.exists(path):
         data = demos.read(args.dataset or path, env_id=args.env_id, obs_mode="rgb")
     else:
-        venv = envs.make(args.env_id, os.cpu_count(), obs_mode="rgb", image_size=args.image_size)
+        venv = envs.make(args.env_id, os.cpu_count(), obs_mode="rgb", image_size=args.image_size, backend="cpu")
         # Seeds of their own: few-shot demonstrations come from other episodes.
         data = demos.collect(path, venv, args.episodes, noise=args.noise, first_seed=envs.TRAIN_SEEDS + 100_000_000)
         venv.close()
@@ -74,11 +77,9 @@ def main(args: Args) -> None:
         image_size=args.image_size, patch_size=args.patch_size, num_cameras=data.image.shape[1],
         state_dim=data.state.shape[1], action_dim=max(8, targets.shape[1]), horizon=args.horizon,
     )  # fmt: skip
-    policy = policies.Pi0(config)
+    policy = policies.Pi0(config).to(device)
     position = policies.NormStats.from_data(targets)
-    policy.processor = policies.Processor(
-        config, policies.Tokenizer(), policies.NormStats.from_data(data.state), position
-    )
+    policy.processor = policies.Processor(config, policies.Tokenizer(), policies.NormStats.from_data(data.state), position, device)
     a = policy.processor.normalize_actions(targets)  # (N, A)
     held_out = int(data.start[-max(1, len(data.start) // 20)])  # first row of the held-out episodes
 
@@ -88,14 +89,14 @@ def main(args: Args) -> None:
             {"image": data.image[rows.numpy()], "state": data.state[rows.numpy()]}, [data.attrs["instruction"]] * len(rows)
         )
         prefix = policy.encode_prefix(images, image_mask, tokens, token_mask)
-        x_t = torch.zeros(len(rows), config.horizon, config.action_dim)
-        return -policy.velocity(prefix, torch.zeros_like(state), x_t, torch.ones(len(rows)))
+        x_t = torch.zeros(len(rows), config.horizon, config.action_dim, device=device)
+        return -policy.velocity(prefix, torch.zeros_like(state), x_t, torch.ones(len(rows), device=device))
 
     def error_mm(rows: torch.Tensor) -> float:
         """Median distance between predicted and true positions of the objects, mm."""
         with torch.no_grad():
             predicted = torch.cat([locate(r)[:, 0] for r in rows.split(256)])
-        difference = policy.processor.unnormalize_actions(predicted).numpy() - targets[rows.numpy()]
+        difference = policy.processor.unnormalize_actions(predicted).cpu().numpy() - targets[rows.numpy()]
         return 1000 * float(np.median(np.linalg.norm(difference.reshape(-1, 3), axis=1)))
 
     steps = int(args.epochs * held_out / args.batch_size)

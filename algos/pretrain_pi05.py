@@ -56,6 +56,8 @@ class Args:
     """seed of everything random"""
     num_threads: int = 0
     """torch threads; 0: one per core"""
+    device: str = "auto"
+    """cpu, cuda, or auto"""
 
 
 def main(args: Args) -> None:
@@ -65,6 +67,7 @@ def main(args: Args) -> None:
         raise envs.EnvError(f"--obs-mode must be 'rgb' or 'state', got {args.obs_mode!r}")
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.num_threads or os.cpu_count())
+    device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu"))
 
     # Scenes: pictures and the positions in them. State mode has none, and needs the task for the length of its state alone.
     path = f"demos/{args.env_id}-scenes-{args.image_size}px-{args.episodes}-noise{args.noise}.h5"
@@ -72,7 +75,9 @@ def main(args: Args) -> None:
     if rgb and (args.dataset or os.path.exists(path)):
         data = demos.read(args.dataset or path, env_id=args.env_id, obs_mode="rgb")
     else:
-        venv = envs.make(args.env_id, os.cpu_count() if rgb else 1, obs_mode=args.obs_mode, image_size=args.image_size)
+        venv = envs.make(
+            args.env_id, os.cpu_count() if rgb else 1, obs_mode=args.obs_mode, image_size=args.image_size, backend="cpu"
+        )
         instruction, state_dim = venv.instruction, venv.single_observation_space["state"].shape[0]
         if rgb:  # seeds of their own: few-shot demonstrations come from other episodes
             data = demos.collect(path, venv, args.episodes, noise=args.noise, first_seed=envs.TRAIN_SEEDS + 100_000_000)
@@ -90,9 +95,13 @@ def main(args: Args) -> None:
         image_size=args.image_size, patch_size=args.patch_size, num_cameras=data.image.shape[1] if rgb else 0, state_dim=state_dim
     )  # fmt: skip
     config = replace(config, horizon=math.ceil(count / config.action_dim))
-    policy = policies.Pi05(config)
+    policy = policies.Pi05(config).to(device)
     policy.processor = policies.Processor(
-        config, policies.Tokenizer(), policies.NormStats.identity(state_dim), policies.NormStats.identity(config.action_dim)
+        config,
+        policies.Tokenizer(),
+        policies.NormStats.identity(state_dim),
+        policies.NormStats.identity(config.action_dim),
+        device,
     )
 
     def tell(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,16 +110,16 @@ def main(args: Args) -> None:
         obs = {"state": numbers.numpy()} | ({"image": data.image[rows.numpy()]} if rgb else {})
         images, image_mask, tokens, token_mask, state = policy.processor(obs, [instruction] * len(rows))
         prefix = policy.encode_prefix(images, image_mask, tokens, token_mask)
-        x_t = torch.zeros(len(rows), config.horizon, config.action_dim)
-        told = -policy.velocity(prefix, state, x_t, torch.ones(len(rows))).flatten(1)[:, :count]
-        return told, torch.cat((numbers, located[rows]), dim=1) if rgb else numbers
+        x_t = torch.zeros(len(rows), config.horizon, config.action_dim, device=device)
+        told = -policy.velocity(prefix, state, x_t, torch.ones(len(rows), device=device)).flatten(1)[:, :count]
+        return told, (torch.cat((numbers, located[rows]), dim=1) if rgb else numbers).to(device)
 
     def report() -> dict:
         """Errors on held-out scenes: median of the numbers, whose range is [-1.1, 1.1], and of the positions, mm."""
         rows = torch.arange(held_out, len(targets))[:: max(1, (len(targets) - held_out) // 512)] if rgb else torch.zeros(512)
         with torch.no_grad():
             parts = [told - truth for told, truth in map(tell, rows.split(128))]
-        error = torch.cat(parts)
+        error = torch.cat(parts).cpu()
         found = dict(number_error=error[:, :state_dim].abs().median().item())
         if rgb:
             distance = (error[:, state_dim:] * torch.from_numpy(position.std)).unflatten(1, (-1, 3)).norm(dim=-1)

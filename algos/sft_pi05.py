@@ -113,7 +113,10 @@ def main(args: Args) -> None:
     # Demonstrations
     base = policies.load(args.base, device, expect="pi05") if args.base else None
     image_size = base.config.image_size if base else args.image_size
-    venv = envs.make(args.env_id, args.num_envs, obs_mode=args.obs_mode, image_size=image_size, chunk=args.execute, seed=args.seed)
+    venv = envs.make(
+        args.env_id, args.num_envs, obs_mode=args.obs_mode, image_size=image_size, chunk=args.execute, seed=args.seed,
+        backend="cpu",  # the scripted experts' one
+    )  # fmt: skip
     size = f"{image_size}px-" if args.obs_mode == "rgb" else ""
     path = f"demos/{args.env_id}-{args.obs_mode}-{size}{args.demos}-noise{args.demo_noise}.h5"
     if args.dataset or os.path.exists(path):

@@ -62,8 +62,9 @@ class Args:
     evaluation 80)"""
     num_steps: int = 4
     """solver steps K (authors: 4)"""
-    noise_level: float = 0.7
-    """a of σ_t = a·sqrt(t / (1 − t)), the exploration noise on every solver step (authors: 0.2)"""
+    noise_level: float = 0.4
+    """a of σ_t = a·sqrt(t / (1 − t)), the exploration noise on every solver step (authors: 0.2); the shipped π0.5 bears less of it
+    than π0 does"""
     noise_end: float | None = None
     """noise level at the last iteration, of a straight line from --noise-level; default: constant (the paper)"""
     sampler: Literal["sde", "ode"] = "sde"

@@ -2,17 +2,20 @@
 
     python benchmarks/memory.py            # benchmarks/results/memory.json and the tables of docs/memory.md
     python benchmarks/memory.py --cameras 3 --horizon 50
+    python benchmarks/memory.py --cuda     # full-size policies on a GPU: benchmarks/results/memory_cuda.json
 
 The estimate builds the policy without values (fake tensors), runs the forward pass of an update on it, and counts what
 autograd keeps. The measurement does the same update for real on a policy of some 30 M parameters, each variant in a process of
-its own, and reads the process's resident memory.
+its own, and reads the process's resident memory. With --cuda it is made at full size, with random weights, and takes the time too.
 """
 
+import copy
 import json
 import multiprocessing as mp
 import os
 import platform
 import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -44,8 +47,12 @@ class Args:
     """rank of the adapters"""
     batch: int = 8
     """observations of the measured update"""
-    out: Path = Path(__file__).parent / "results" / "memory.json"
-    """JSON file of the result"""
+    cuda: bool = False
+    """measure at full size on the GPU instead"""
+    micro_batch: int = 32
+    """--cuda: chunks per forward and backward pass"""
+    out: Path | None = None
+    """JSON file of the result; default: memory.json, or memory_cuda.json, in benchmarks/results"""
 
 
 def build(kind: str, train: str, dtype: torch.dtype, sizes: dict, args: Args) -> policies.Pi0:
@@ -172,6 +179,84 @@ def measured(*arguments) -> dict[str, int]:
         return pool.apply(measure, arguments)
 
 
+def measure_cuda(kind: str, train: str, checkpointing: bool, compiled: bool, args: Args) -> dict[str, float]:
+    """Bytes and seconds of algos/stepnft_pi0.py's parts at full size in bfloat16: what is held, the peak, and how long it takes."""
+
+    def timed(function, repeat: int = 5) -> float:
+        """Median seconds of a call, after one that warms up."""
+        seconds = []
+        for _ in range(repeat + 1):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            function()
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - began)
+        return sorted(seconds[1:])[repeat // 2]
+
+    torch.manual_seed(0)
+    held = torch.cuda.memory_allocated
+    with torch.device("cuda"):
+        policy = build(kind, train, torch.bfloat16, {}, args).checkpoint_gradients(checkpointing)
+        (observation, flow), (one, one_flow) = (inputs(policy, batch, args) for batch in (args.micro_batch, 1))
+        noise = torch.randn_like(flow[1][:, 0])
+    base = held() - nbytes([*observation, *flow, *one, *one_flow, noise])
+    rollout_policy = copy.deepcopy(policy, {id(p): p for p in policy.parameters() if not p.requires_grad}).eval()
+    result = dict(weights=base, rollout_policy=held() - base - nbytes([*observation, *flow, *one, *one_flow, noise]))
+    with torch.inference_mode():
+        torch.cuda.reset_peak_memory_stats()
+        prefix = rollout_policy.encode_prefix(*observation)
+        first = rollout_policy.encode_prefix(*one)
+        result["encode_s"] = timed(lambda: rollout_policy.encode_prefix(*observation))
+        result["sample_s"] = timed(lambda: rollout_policy.sample(prefix, flow[0], noise, 4))
+        result["act_one_s"] = timed(lambda: rollout_policy.sample(rollout_policy.encode_prefix(*one), one_flow[0], noise[:1], 4))
+        result["rollout_peak"] = torch.cuda.max_memory_allocated()
+        del first
+    prefix = prefix.to("cuda") if train != "expert" else type(prefix).cat([prefix])  # a copy that autograd may keep
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=1e-6, betas=(0.9, 0.95), eps=1e-5, fused=True)
+    velocity = torch.compile(policy.velocity) if compiled else policy.velocity
+    if train != "expert":
+        del prefix
+
+    def update() -> None:
+        optimizer.zero_grad()
+        given = prefix if train == "expert" else policy.encode_prefix(*observation)
+        velocity(given, *flow).square().mean().backward()
+        optimizer.step()
+
+    before = held()
+    torch.cuda.reset_peak_memory_stats()
+    result["update_s"] = timed(update)
+    optimizer_bytes = nbytes(
+        t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t) and t.numel() > 1
+    )
+    gradients = nbytes(p.grad for p in trained if p.grad is not None)
+    result |= dict(gradients=gradients, adam=optimizer_bytes, update_peak=torch.cuda.max_memory_allocated())
+    result["activations"] = result["update_peak"] - before - gradients - optimizer_bytes
+    return result
+
+
+def main_cuda(args: Args) -> None:
+    """Each variant in a process of its own; what does not fit is reported so."""
+    rows = []
+    for kind, train, checkpointing, compiled in (
+        ("pi0", "expert", False, False), ("pi0", "expert", True, False), ("pi0", "expert", False, True),
+        ("pi0", "lora", True, False), ("pi05", "expert", False, False), ("pi05", "lora", True, False),
+        ("pi0", "all", True, False), ("pi05", "all", True, False),
+    ):  # fmt: skip
+        row = dict(policy=kind, train=train, checkpointing=checkpointing, compile=compiled)
+        with mp.get_context("spawn").Pool(1) as pool:
+            try:
+                row |= pool.apply(measure_cuda, (kind, train, checkpointing, compiled, args))
+            except torch.OutOfMemoryError as error:
+                row["error"] = str(error).splitlines()[0]
+        rows.append(row)
+        print(row, flush=True)
+        machine = dict(torch=torch.__version__, python=platform.python_version(), gpu=torch.cuda.get_device_name())
+        given = {name: value for name, value in asdict(args).items() if name not in ("out", "cuda", "batch")}
+        args.out.write_text(json.dumps(dict(arguments=given, machine=machine, full_size=rows), indent=1) + "\n")
+
+
 def table(heads: str, rows) -> None:
     """Print Markdown; `heads` are separated by semicolons."""
     heads = heads.split("; ")
@@ -208,6 +293,10 @@ def tables(full: list[dict], small: list[dict]) -> None:
 
 
 def main(args: Args) -> None:
+    args.out = args.out or Path(__file__).parent / "results" / ("memory_cuda.json" if args.cuda else "memory.json")
+    args.out.parent.mkdir(exist_ok=True)
+    if args.cuda:
+        return main_cuda(args) if torch.cuda.is_available() else sys.exit("error: --cuda needs a GPU that PyTorch finds")
     full, small = [], []
     for kind in TYPES:
         for train in ("expert", "lora", "all"):
@@ -232,9 +321,8 @@ def main(args: Args) -> None:
                           parameters=e["parameters"], estimated=expected, measured=found))  # fmt: skip
         print(small[-1], flush=True)
     tables(full, small)
-    args.out.parent.mkdir(exist_ok=True)
     machine = dict(torch=torch.__version__, python=platform.python_version(), processor=platform.machine())
-    given = {name: value for name, value in asdict(args).items() if name != "out"}
+    given = {name: value for name, value in asdict(args).items() if name not in ("out", "cuda", "micro_batch")}
     args.out.write_text(json.dumps(dict(arguments=given, machine=machine, full_size=full, small_size=small), indent=1) + "\n")
 
 

@@ -46,7 +46,7 @@ def make(
     seed: of the generator that draws episode seeds when `reset` is given none.
     chunk: actions per step in the action space; `step` takes any number up to the episode limit.
     num_workers: processes on the CPU back end (default: one per core, at most num_envs).
-    backend: "cpu" (a pool of processes), "cuda" (one batched simulation on the GPU), or "auto": cuda where there is one.
+    backend: "cpu" (a pool of processes), "cuda" (one batched simulation on the GPU), or "auto": cuda where that works.
     observe_terminal: observe (and render) the state after success too; learners without a critic can save that.
     spec: further fields of `EnvSpec` (image_size, control_mode, reward_mode, max_episode_steps, camera, …).
 
@@ -67,9 +67,7 @@ def make(
     except TypeError as error:
         raise EnvError(f"unknown environment option: {error}") from None
     check(env_id)
-    import torch
-
-    if backend == "cuda" or (backend == "auto" and torch.cuda.is_available()):
+    if backend == "cuda" or (backend == "auto" and maniskill.gpu_simulation()):
         from envs.maniskill_cuda import CudaVecEnv
 
         return CudaVecEnv(spec, num_envs, chunk=chunk, seed=seed)

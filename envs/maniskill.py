@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import warnings
 from dataclasses import dataclass
 
 import gymnasium as gym
@@ -85,6 +86,24 @@ def check(env_id: str) -> None:
     ood.find(variant)
 
 
+@functools.cache
+def gpu_simulation() -> bool:
+    """Whether PhysX can simulate on a GPU here. Its library is downloaded at the first use; without it, says why, in a warning."""
+    if not torch.cuda.is_available():
+        return False
+    _registry()
+    from sapien import physx
+
+    try:
+        physx.enable_gpu()
+    except Exception as error:  # no network, no disk, a driver that is too old: the process pool works without it
+        reason = str(error).splitlines()[0]
+        warnings.warn(
+            f"no simulation on the GPU, processes on the CPU instead: PhysX's library is missing ({reason})", stacklevel=3
+        )
+    return physx.is_gpu_enabled()
+
+
 def _make(spec: EnvSpec, num_envs: int, backend: str) -> gym.Env:
     """The plain ManiSkill environment behind a spec; `backend` is "cpu" or "cuda"."""
     check(spec.env_id)
@@ -98,7 +117,7 @@ def _make(spec: EnvSpec, num_envs: int, backend: str) -> gym.Env:
         control_mode=spec.control_mode,
         reward_mode=spec.reward_mode,
         sim_backend=f"physx_{backend}",
-        render_backend="cpu" if backend == "cpu" else "gpu",
+        render_backend="gpu" if backend == "cuda" or vulkan.renders_on_gpu() else "cpu",
         render_mode="rgb_array",
         human_render_camera_configs=dict(width=spec.video_size, height=spec.video_size),
     )
@@ -250,7 +269,7 @@ class ManiSkillEnv:
             state[:] = state_vector(self.base, self.info)[0].numpy()
             if self.cameras:
                 for i, data in enumerate(self.base._get_obs_sensor_data().values()):
-                    image[i] = data["rgb"][0].numpy()
+                    image[i] = data["rgb"][0].cpu().numpy()
 
     def object_positions(self) -> np.ndarray:
         """World positions (objects, 3) float32, m, of everything that can be moved, in the order of the task's scene."""
@@ -260,7 +279,7 @@ class ManiSkillEnv:
     def render(self) -> np.ndarray:
         """A picture for people (H, W, 3) uint8, from the task's render camera, with the goal visible."""
         with torch.inference_mode():
-            return self.base.render_rgb_array()[0].numpy()
+            return self.base.render_rgb_array()[0].cpu().numpy()
 
     def close(self) -> None:
         self.env.close()

@@ -65,6 +65,11 @@ def nvidia_usable() -> bool:
     return os.path.exists("/dev/nvidiactl") and any(map(ctypes.util.find_library, ("GLX_nvidia", "EGL_nvidia")))
 
 
+def renders_on_gpu() -> bool:
+    """Whether the driver that `ensure_driver` leaves in place is an NVIDIA GPU's."""
+    return nvidia_usable() and not chosen_by_user()
+
+
 def find_lavapipe() -> str | None:
     """The ICD file of Mesa's software driver for this processor, or None."""
     found = [path for folder in ICD_FOLDERS for path in sorted(Path(folder).glob("lvp_icd*.json"))]
@@ -137,7 +142,7 @@ def check_driver(picture: bool = True, timeout: float = 120.0) -> str:
     if importlib.util.find_spec("sapien") is None:
         raise DriverError(f"SAPIEN is not installed here; run: {sys.executable} -m pip install mani-skill")
     ensure_driver()
-    device = "cuda" if nvidia_usable() and not chosen_by_user() else "cpu"
+    device = "cuda" if renders_on_gpu() else "cpu"
     command = [sys.executable, "-c", PROBE, device, "picture" if picture else "create"]
     try:
         probe = subprocess.run(command, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL)
