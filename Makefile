@@ -43,5 +43,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	@$(PIP) -e '.[test,track]'
+	@$(PIP) -e '.[test,track,data]'
 	@touch $@

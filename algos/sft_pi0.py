@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import envs
 import policies
-from envs import demos
+from envs import datasets, demos
 from envs.evaluation import evaluate, record
 
 
@@ -36,7 +36,12 @@ class Args:
     demo_noise: float = 0.5
     """noise on the demonstrator's executed translation, relative to it; the recorded action is the clean one"""
     dataset: str | None = None
-    """demonstration file to read; by default one in demos/ named after these options, collected if it is not there"""
+    """demonstrations to read instead of collecting some: this project's file, LIBERO's or ManiSkill's HDF5, or the folder of a
+    LeRobot dataset; all of them, whatever --demos says"""
+    rotate_images: bool | None = None
+    """with --dataset: turn the pictures by 180°; default: those of LIBERO's HDF5 files, as the field does"""
+    absolute_actions: bool = False
+    """with --dataset: actions are targets, not differences, so the last one is repeated past an episode's end"""
     base: str | None = None
     """checkpoint to start from, e.g. one with pre-trained vision (algos/pretrain_pi0.py); default: random weights"""
     train: str = "all"
@@ -77,7 +82,7 @@ class Args:
     image_size: int = 96
     """side of the camera image, px, for a new policy"""
     eval_episodes: int = 200
-    """held-out evaluation episodes"""
+    """held-out evaluation episodes; with --dataset also 0: none, and no simulator is needed"""
     num_envs: int = 32
     """environments of the evaluation"""
     num_threads: int = 0
@@ -89,8 +94,9 @@ class Args:
 
 
 def main(args: Args) -> None:
-    if min(args.demos, args.steps, args.batch_size, args.draws, args.eval_episodes, args.num_envs) < 1:
-        raise envs.EnvError("--demos, --steps, --batch-size, --draws, --eval-episodes and --num-envs must be at least 1")
+    if min(args.demos, args.steps, args.batch_size, args.draws, args.eval_episodes + bool(args.dataset), args.num_envs) < 1:
+        raise envs.EnvError("--demos, --steps, --batch-size, --draws, --num-envs and, without --dataset, --eval-episodes must be "
+                            "at least 1")  # fmt: skip
     if not 1 <= args.execute <= args.horizon:
         raise envs.EnvError(f"--execute {args.execute} must lie between 1 and the horizon {args.horizon}")
     if args.train not in ("expert", "all", "lora"):
@@ -112,17 +118,29 @@ def main(args: Args) -> None:
     # Demonstrations
     base = policies.load(args.base, device, expect="pi0") if args.base else None
     image_size = base.config.image_size if base else args.image_size
-    venv = envs.make(
-        args.env_id, args.num_envs, obs_mode=args.obs_mode, image_size=image_size, chunk=args.execute, seed=args.seed,
-        backend="cpu",  # the scripted experts' one
-    )  # fmt: skip
+    venv = None
+    if args.eval_episodes:
+        venv = envs.make(
+            args.env_id, args.num_envs, obs_mode=args.obs_mode, image_size=image_size, chunk=args.execute, seed=args.seed,
+            backend="cpu",  # the scripted experts' one
+        )  # fmt: skip
     size = f"{image_size}px-" if args.obs_mode == "rgb" else ""
     path = f"demos/{args.env_id}-{args.obs_mode}-{size}{args.demos}-noise{args.demo_noise}.h5"
-    if args.dataset or os.path.exists(path):
-        data = demos.read(args.dataset or path, env_id=args.env_id, obs_mode=args.obs_mode)
+    if args.dataset:
+        data = datasets.read(
+            args.dataset, obs_mode=args.obs_mode, rotate=args.rotate_images, image_size=image_size, env_id=args.env_id
+        )
+    elif os.path.exists(path):
+        data = demos.read(path, env_id=args.env_id, obs_mode=args.obs_mode)
     else:
         data = demos.collect(path, venv, args.demos, noise=args.demo_noise)
-    chunks = data.chunks(args.horizon)  # (N, H, A)
+    chunks = data.chunks(args.horizon, args.absolute_actions)  # (N, H, A)
+    if venv:
+        shapes = dict(cameras=data.image.shape[1], state=data.state.shape[1], action=chunks.shape[-1])
+        space = venv.single_observation_space
+        wanted = dict(cameras=space["image"].shape[0], state=space["state"].shape[0], action=venv.action_dim)
+        if shapes != wanted:
+            raise envs.EnvError(f"the demonstrations have {shapes}, {args.env_id} {wanted}; --eval-episodes 0 trains all the same")
 
     # Policy
     if base:  # no weight depends on the horizon
@@ -144,13 +162,12 @@ def main(args: Args) -> None:
     elif args.train == "lora":
         policies.add_lora(policy, args.lora_rank, args.lora_alpha)
     policy.checkpoint_gradients(args.gradient_checkpointing).train()
-    instructions = [data.attrs["instruction"]]
     actions = policy.processor.normalize_actions(chunks, data.state)  # (N, H, A)
     state = policy.processor.normalize_state(data.state)  # (N, S)
 
     def encode(rows: torch.Tensor) -> policies.Prefix:
         images, image_mask, tokens, token_mask, _ = policy.processor(
-            {"image": data.image[rows.numpy()], "state": data.state[rows.numpy()]}, instructions * len(rows)
+            {"image": data.image[rows.numpy()], "state": data.state[rows.numpy()]}, data.text(rows.numpy())
         )
         return policy.encode_prefix(images, image_mask, tokens, token_mask)
 
@@ -189,28 +206,33 @@ def main(args: Args) -> None:
                 writer.add_scalar("losses/grad_norm", grad_norm.item(), step)
                 bar.set_postfix(loss=f"{loss.item():.4f}")
 
-    # Evaluation on held-out seeds
     policy.eval()
-    generator = torch.Generator(device).manual_seed(args.seed)
-
-    def act(obs: dict, instructions: list[str]) -> np.ndarray:
-        return policy.act(obs, instructions, args.num_steps, generator)
-
-    result = evaluate(venv, act, args.eval_episodes, execute=args.execute, progress="evaluation")
-    writer.add_scalar("eval/success", result.rate, args.steps)
     policy.meta = dict(
         env_id=args.env_id, obs_mode=args.obs_mode, execute=args.execute, num_steps=args.num_steps,
-        sft=dict(demos=len(data.start), steps=args.steps, seed=args.seed, train=args.train, base=args.base and Path(args.base).name,
-                 success=result.rate, interval=result.interval, episodes=args.eval_episodes),
+        sft=dict(demos=len(data.start), steps=args.steps, seed=args.seed, train=args.train,
+                 base=args.base and Path(args.base).name),
     )  # fmt: skip
     output = args.output or f"runs/{run_name}/policy"
     policies.save(policy, output)
-    if args.video:
-        record(venv, act, f"videos/{run_name}.mp4", execute=args.execute)
-    venv.close()
-    writer.close()
     print(f"{args.env_id} ({args.obs_mode}): SFT on {len(data.start)} demonstrations, {(time.time() - start) / 60:.1f} min")
-    print(f"success {result}; checkpoint {output}")
+
+    # Evaluation on held-out seeds
+    if venv:
+        generator = torch.Generator(device).manual_seed(args.seed)
+
+        def act(obs: dict, instructions: list[str]) -> np.ndarray:
+            return policy.act(obs, instructions, args.num_steps, generator)
+
+        result = evaluate(venv, act, args.eval_episodes, execute=args.execute, progress="evaluation")
+        writer.add_scalar("eval/success", result.rate, args.steps)
+        policy.meta["sft"] |= dict(success=result.rate, interval=result.interval, episodes=args.eval_episodes)
+        policies.save(policy, output)
+        if args.video:
+            record(venv, act, f"videos/{run_name}.mp4", execute=args.execute)
+        venv.close()
+        print(f"success {result}")
+    writer.close()
+    print(f"checkpoint {output}")
 
 
 if __name__ == "__main__":

@@ -38,14 +38,26 @@ class Demos:
     objects: np.ndarray
     start: np.ndarray
     attrs: dict
+    instructions: list[str] | None = None
+    """of each episode; None: attrs["instruction"] in all"""
 
-    def chunks(self, horizon: int) -> np.ndarray:
-        """(N, horizon, A): the actions from each step on. Past an episode's end the arm rests and the gripper stays as it was."""
+    def text(self, rows: np.ndarray) -> list[str]:
+        """The instruction of each of the given rows (b,)."""
+        if self.instructions is None:
+            return [self.attrs["instruction"]] * len(rows)
+        return [self.instructions[episode] for episode in np.searchsorted(self.start, rows, side="right") - 1]
+
+    def chunks(self, horizon: int, absolute: bool = False) -> np.ndarray:
+        """(N, horizon, A): the actions from each step on. Past an episode's end the arm rests and the gripper stays as it was.
+
+        absolute: actions are targets, so that repeating the last one is to rest; otherwise they are differences, which are 0 then.
+        """
         ends = np.append(self.start[1:], len(self.action))
         last = np.repeat(ends - 1, np.diff(np.append(self.start, len(self.action))))  # (N,) last row of each row's episode
         index = np.arange(len(self.action))[:, None] + np.arange(horizon)
         chunks = self.action[np.minimum(index, last[:, None])]
-        chunks[index > last[:, None], :-1] = 0.0
+        if not absolute:
+            chunks[index > last[:, None], :-1] = 0.0
         return chunks
 
 

@@ -570,3 +570,21 @@ def test_what_ends_in_a_batch_stays_as_it_was(batch):
     batch.reset(seed=9, options={"reset_mask": np.arange(6) == 2})
     steps, seen, _, truncated, _ = outcome(batch.step(np.zeros((6, 4, 7))))
     assert steps == [0, 0, 4, 2, 2, 2] and seen == [2, 3, 4, 10, 10, 10] and truncated == [False] * 3 + [True] * 3
+
+
+def test_processes_take_over_where_physx_cannot_simulate_on_the_gpu(monkeypatch):
+    """A GPU without PhysX's library for it, which is downloaded at the first use: a warning, and the pool."""
+    maniskill._registry()
+    from sapien import physx
+
+    def offline():
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(physx, "enable_gpu", offline)
+    maniskill.gpu_simulation.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="no network"):
+            assert maniskill.gpu_simulation() is False
+    finally:
+        maniskill.gpu_simulation.cache_clear()

@@ -1,0 +1,239 @@
+"""Demonstrations in the formats that users have: small files are written as those formats say, and read back."""
+
+import contextlib
+import json
+from pathlib import Path
+
+import h5py
+import imageio.v3 as iio
+import numpy as np
+import pytest
+
+import envs
+import policies
+from algos import sft_pi0
+from envs import datasets, demos, maniskill
+from tests.test_main import refusal, run
+
+SIZE, LENGTHS = 32, (5, 3)
+TEXTS = "pick up the bowl", "open the drawer"
+
+
+@pytest.fixture
+def episodes() -> list[dict]:
+    """Two episodes of two cameras, each picture a plain ramp that no codec distorts much and no flip leaves as it was."""
+    rng = np.random.default_rng(0)
+    ramp = np.linspace(20, 200, SIZE).astype(np.uint8)
+    return [
+        dict(
+            image=np.stack([np.stack([np.clip(np.tile(ramp[:, None, None], (1, SIZE, 3)) + 4 * t + 20 * c, 0, 255).astype(np.uint8)
+                                      for c in range(2)]) for t in range(T)]),  # (T, 2, H, W, 3)
+            state=rng.standard_normal((T, 8)).astype(np.float32), action=rng.uniform(-1, 1, (T, 7)).astype(np.float32), text=text,
+        )
+        for T, text in zip(LENGTHS, TEXTS)
+    ]  # fmt: skip
+
+
+def same(data: demos.Demos, episodes: list[dict], texts=TEXTS, tolerance: float = 0) -> None:
+    """The data are these episodes, pictures within `tolerance` grey levels on average."""
+    assert data.start.tolist() == [0, LENGTHS[0]]
+    for name in ("state", "action"):
+        np.testing.assert_array_equal(getattr(data, name), np.concatenate([e[name] for e in episodes]))
+    pictures = np.concatenate([e["image"] for e in episodes])
+    assert data.image.dtype == np.uint8 and data.image.shape == pictures.shape
+    assert np.abs(data.image.astype(float) - pictures).mean() <= tolerance
+    assert data.text(np.array([0, 4, 5, 7])) == [texts[0], texts[0], texts[1], texts[1]]
+
+
+def write_libero(file: Path, episodes: list[dict], text: str) -> None:
+    with h5py.File(file, "w") as opened:
+        data = opened.create_group("data")
+        data.attrs["problem_info"] = json.dumps(dict(problem_name="libero", language_instruction=text))
+        for i, episode in enumerate(episodes):
+            demo = data.create_group(f"demo_{i}")
+            demo["actions"] = episode["action"].astype(np.float64)
+            for j, name in enumerate(datasets.LIBERO_CAMERAS):
+                demo[f"obs/{name}"] = episode["image"][:, j, ::-1, ::-1]
+            for name, part in zip(datasets.LIBERO_STATE, np.split(episode["state"].astype(np.float64), [3, 6], 1)):
+                demo[f"obs/{name}"] = part
+
+
+def write_maniskill(file: Path, episodes: list[dict], obs_mode: str, success=(True, True)) -> None:
+    description = dict(env_info=dict(env_id="PickCube-v1", env_kwargs=dict(obs_mode=obs_mode, control_mode="pd_ee_delta_pose")))
+    file.with_suffix(".json").write_text(json.dumps(description))
+    after = lambda x: np.concatenate([x, x[-1:]])  # observations have one row more
+    with h5py.File(file, "w", track_order=True) as opened:
+        for i, episode in enumerate(episodes):
+            trajectory = opened.create_group(f"traj_{i}", track_order=True)
+            trajectory["actions"] = episode["action"]
+            trajectory["success"] = np.arange(len(episode["action"])) >= len(episode["action"]) - success[i]
+            if obs_mode == "state":
+                trajectory["obs"] = after(episode["state"])
+            elif obs_mode == "rgb":
+                obs = trajectory.create_group("obs", track_order=True)
+                for name in ("agent", "extra"):
+                    obs.create_group(name, track_order=True)
+                state = after(episode["state"])
+                obs["agent/qpos"], obs["agent/qvel"] = state[:, :3], state[:, 3:6]
+                obs["extra/tcp"], obs["extra/is_grasped"] = state[:, 6:7], state[:, 7]  # not in the order of the alphabet
+                for j, camera in enumerate(("base_camera", "hand_camera")):
+                    obs[f"sensor_data/{camera}/rgb"] = after(episode["image"][:, j])
+
+
+def write_lerobot(folder: Path, episodes: list[dict], version: str, pictures: str) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    keys = "observation.images.front", "observation.images.wrist"
+    three = version.startswith("v3")
+    info = dict(
+        codebase_version=version, fps=10, chunks_size=1000,
+        features={key: dict(dtype=pictures) for key in keys}
+        | {"observation.state": dict(dtype="float32"), "action": dict(dtype="float32")},
+        video_path="videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4" if three
+        else "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4",
+    )  # fmt: skip
+    tables, meta, first = [], [], 0
+    for i, episode in enumerate(episodes):
+        T = len(episode["action"])
+        columns = dict(episode_index=[i] * T, frame_index=range(T), task_index=[i] * T)
+        columns |= {"observation.state": list(episode["state"]), "action": list(episode["action"])}
+        if pictures == "image":
+            cell = lambda image: dict(bytes=iio.imwrite("<bytes>", image, extension=".png"), path="")
+            columns |= {key: list(map(cell, episode["image"][:, j])) for j, key in enumerate(keys)}
+        tables.append(pa.table({name: list(values) for name, values in columns.items()}))
+        meta.append(dict(episode_index=i) | {f"videos/{key}/{name}": value for key in keys for name, value in
+                                             dict(chunk_index=0, file_index=0, from_timestamp=first / 10).items()})  # fmt: skip
+        first += T
+    files = {f"data/chunk-000/episode_{i:06d}.parquet": table for i, table in enumerate(tables)}
+    if three:
+        files = {
+            "data/chunk-000/file-000.parquet": pa.concat_tables(tables),
+            "meta/episodes/chunk-000/file-000.parquet": pa.Table.from_pylist(meta),
+            "meta/tasks.parquet": pa.table(dict(task_index=[0, 1], __index_level_0__=list(TEXTS))),
+        }
+    for name, table in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, folder / name)
+    (folder / "meta").mkdir(exist_ok=True)
+    (folder / "meta" / "info.json").write_text(json.dumps(info))
+    if not three:
+        lines = (json.dumps(dict(task_index=i, task=text)) for i, text in enumerate(TEXTS))
+        (folder / "meta" / "tasks.jsonl").write_text("\n".join(lines))
+    if pictures == "video":
+        for j, key in enumerate(keys):
+            clips = {i: episode["image"][:, j] for i, episode in enumerate(episodes)}
+            for i, clip in ({0: np.concatenate(list(clips.values()))} if three else clips).items():
+                file = folder / info["video_path"].format(
+                    video_key=key, chunk_index=0, file_index=0, episode_chunk=0, episode_index=i
+                )
+                file.parent.mkdir(parents=True, exist_ok=True)
+                iio.imwrite(file, clip, fps=10, macro_block_size=1, quality=10)
+
+
+def test_libero(tmp_path, episodes):
+    for i, (episode, text) in enumerate(zip(episodes, TEXTS)):
+        write_libero(tmp_path / f"{i}_demo.hdf5", [episode], text)
+    same(datasets.read(tmp_path), episodes)
+    one = datasets.read(tmp_path / "1_demo.hdf5", rotate=False)
+    assert one.text(np.arange(1)) == [TEXTS[1]]
+    np.testing.assert_array_equal(one.image[:, :, ::-1, ::-1], episodes[1]["image"])
+
+
+def test_maniskill(tmp_path, episodes):
+    text = maniskill.instruction("PickCube-v1")
+    write_maniskill(tmp_path / "t.h5", episodes, "rgb")
+    data = datasets.read(tmp_path / "t.h5", env_id="PickCube-v1")
+    same(data, episodes, (text, text))
+    assert data.attrs["control_mode"] == "pd_ee_delta_pose"
+    write_maniskill(tmp_path / "t.h5", episodes, "state", success=(False, True))
+    failures_left_out = datasets.read(tmp_path / "t.h5", obs_mode="state")
+    np.testing.assert_array_equal(failures_left_out.state, episodes[1]["state"])
+    assert failures_left_out.image.shape[1] == 0
+
+
+@pytest.mark.parametrize("pictures, tolerance", [("image", 0), ("video", 3)])
+@pytest.mark.parametrize("version", ["v2.1", "v3.0"])
+def test_lerobot(version, pictures, tolerance, tmp_path, episodes):
+    write_lerobot(tmp_path, episodes, version, pictures)
+    same(datasets.read(tmp_path), episodes, tolerance=tolerance)
+    turned = datasets.read(tmp_path, rotate=True, image_size=SIZE // 2)
+    assert turned.image.shape[2:] == (SIZE // 2, SIZE // 2, 3)
+    assert turned.image[0, 0, 0].mean() > turned.image[0, 0, -1].mean()  # the ramp rises downwards, and upwards when turned
+
+
+def test_what_follows_an_episode():
+    arrays = dict(image=np.zeros((3, 0, 0, 0, 3), np.uint8), state=np.zeros((3, 1)), objects=np.zeros((3, 0, 3)))
+    data = demos.Demos(**arrays, action=np.array([[1.0, 1], [2, -1], [3, 1]]), start=np.array([0, 2]), attrs={})
+    assert data.chunks(2)[1].tolist() == [[2, -1], [0, -1]]
+    assert data.chunks(2, absolute=True)[1].tolist() == [[2, -1], [2, -1]]
+
+
+@pytest.mark.parametrize(
+    "spoil, named",
+    [
+        ("empty folder", "neither meta/info.json"),
+        ("other hdf5", "neither /data (LIBERO) nor /traj_0"),
+        ("no camera", "eye_in_hand_rgb"),
+        ("no instruction", "language_instruction"),
+        ("no observations", "replay_trajectory"),
+        ("no description", "t.json"),
+        ("another task", "'PickCube-v1', not 'StackCube-v1'"),
+        ("no pictures", "holds no pictures"),
+        ("only failures", "no successful episode"),
+        ("a video is missing", "lacks the video"),
+        ("no action", "action or actions"),
+        ("old version", "version 1.6"),
+        ("truncated", "cannot be read"),
+        ("NaN", "NaN"),
+    ],
+)
+def test_what_a_file_lacks_is_named_in_one_line(spoil, named, tmp_path, episodes):
+    path, expected = tmp_path / "t.h5", {}
+    if spoil == "other hdf5":
+        h5py.File(path, "w").close()
+    elif spoil in ("no camera", "no instruction", "truncated", "NaN"):
+        if spoil == "NaN":
+            episodes[0]["action"][1, 2] = np.nan
+        write_libero(path, episodes, TEXTS[0])
+        if spoil == "truncated":
+            path.write_bytes(path.read_bytes()[:3000])
+        else:
+            with h5py.File(path, "a") as opened:
+                if spoil == "no camera":
+                    del opened["data/demo_1/obs/eye_in_hand_rgb"]
+                elif spoil == "no instruction":
+                    del opened["data"].attrs["problem_info"]
+    elif spoil in ("a video is missing", "no action", "old version"):
+        path = tmp_path / "lerobot"
+        write_lerobot(path, episodes, "v2.1", "video")
+        info = json.loads((path / "meta" / "info.json").read_text())
+        if spoil == "a video is missing":
+            next(path.rglob("*wrist/*.mp4")).unlink()
+        elif spoil == "no action":
+            del info["features"]["action"]
+        else:
+            info["codebase_version"] = "v1.6"
+        (path / "meta" / "info.json").write_text(json.dumps(info))
+    elif spoil == "empty folder":
+        path = tmp_path
+    else:
+        mode = {"no observations": "none", "no pictures": "state"}.get(spoil, "rgb")
+        write_maniskill(path, episodes, mode, success=(spoil != "only failures",) * 2)
+        if spoil == "no description":
+            path.with_suffix(".json").unlink()
+        expected = dict(env_id="StackCube-v1") if spoil == "another task" else {}
+    with pytest.raises(envs.EnvError) as error:
+        datasets.read(path, **expected)
+    assert named in str(error.value) and "\n" not in str(error.value)
+
+
+def test_sft_from_a_dataset_without_a_simulator(tmp_path, episodes):
+    write_lerobot(tmp_path / "data", episodes, "v2.1", "video")
+    misfit = refusal("sft_pi0", "--dataset", "data", "--num-envs", 1, "--eval-episodes", 1, cwd=tmp_path)
+    assert "the demonstrations have" in misfit
+    arguments = "--dataset data --steps 2 --batch-size 4 --num-threads 1 --output out --image-size 48 --eval-episodes 0"
+    with contextlib.redirect_stdout(None):
+        run("sft_pi0", "--env-id", "libero_object", *arguments.split(), cwd=tmp_path)
+    policy = policies.load(tmp_path / "out")
+    assert policy.config.num_cameras == 2 and len(policy.processor.state_stats) == 8 and policy.meta["sft"]["demos"] == 2
+    actions = policy.act(dict(image=episodes[0]["image"][:1], state=episodes[0]["state"][:1]), [TEXTS[0]], 1)
+    assert actions.shape == (1, sft_pi0.Args.horizon, 7)
