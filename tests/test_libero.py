@@ -1,4 +1,4 @@
-"""LIBERO behind `envs.make`: its own states and pictures bit by bit, the field's conventions, fixed initial states, one-line errors."""
+"""LIBERO behind `envs.make`: its own states and pictures, the field's conventions, fixed initial states, and one-line errors."""
 
 import os
 import signal
@@ -46,8 +46,9 @@ class Plain:
             from libero.libero import get_libero_path
             from libero.libero.envs import OffScreenRenderEnv
 
-            (suite, _, name), folder = libero.task_names(task)[0], Path(get_libero_path("bddl_files"))
-            self.env = OffScreenRenderEnv(bddl_file_name=str(folder / suite / f"{name}.bddl"), camera_heights=SIZE, camera_widths=SIZE)
+            suite, _, name = libero.task_names(task)[0]
+            file = Path(get_libero_path("bddl_files")) / suite / f"{name}.bddl"
+            self.env = OffScreenRenderEnv(bddl_file_name=str(file), camera_heights=SIZE, camera_widths=SIZE)
 
     def draw(self):
         """LIBERO assumes that there is no other environment in its process."""
@@ -91,7 +92,8 @@ def same(env, obs: dict) -> None:
     assert (image[0] == obs["agentview_image"][::-1, ::-1]).all()
     assert (image[1] == obs["robot0_eye_in_hand_image"][::-1, ::-1]).all()
     np.testing.assert_allclose(state[:3], obs["robot0_eef_pos"], atol=1e-6)
-    np.testing.assert_allclose(state[3:6], Rotation.from_quat(obs["robot0_eef_quat"]).as_rotvec(), atol=1e-5)
+    axis, w = obs["robot0_eef_quat"][:3], obs["robot0_eef_quat"][3]
+    np.testing.assert_allclose(state[3:6], 2 * np.arccos(w) * axis / np.linalg.norm(axis), atol=1e-5)  # up to 2π: not canonical
     np.testing.assert_allclose(state[6:], obs["robot0_gripper_qpos"], atol=1e-6)
 
 
@@ -108,6 +110,7 @@ def check_against_libero(env, task: str) -> None:
         same(env, plain.act(actions))
         np.testing.assert_allclose(joints(env), plain.env.sim.data.qpos, atol=1e-9)
         np.testing.assert_array_equal(env.base.sim.model.body_pos, plain.env.sim.model.body_pos)
+    plain.draw()
     plain.env.close()
 
 
@@ -169,19 +172,6 @@ def test_actions_move_the_gripper_along_the_axes_of_the_room(env):
         env.step(np.tile(np.eye(7, dtype=np.float32)[axis] * 0.5 + np.float32(OPEN), (8, 1)))
         moved = observe(env)[1][:3] - start
         assert np.abs(moved).argmax() == axis and moved[axis] > 0.03
-
-
-def test_without_lag_the_last_control_step_is_seen(env, monkeypatch):
-    seen = {}
-    for lag in (True, False):
-        variant(env, monkeypatch, lag=lag)
-        env.reset(EVAL_SEED)
-        env.step(np.tile(np.float32([0.5, 0, 0, 0, 0, 0, -1]), (5, 1)))
-        seen[lag] = observe(env)[1]
-    assert seen[False][0] - seen[True][0] > 0.005  # m, of a hand that moves at some 0.2 m/s
-    env.base.sim.forward()
-    robot = env.base.robots[0]
-    np.testing.assert_allclose(seen[False][:3], env.base.sim.data.site_xpos[robot.eef_site_id], atol=1e-6)
 
 
 def test_limits_are_openpis_and_a_pro_suite_has_its_originals(env, monkeypatch):
@@ -307,7 +297,8 @@ def test_a_group_has_one_task():
 def test_a_suites_interval_is_wilsons_over_all_its_episodes():
     rng = np.random.default_rng(0)
     names = {f"{suite}/{i}": suite for suite in ("libero_object", "libero_goal") for i in range(10)}
-    outcomes = {label: {name: Evaluation(rng.random(50) < 0.6, np.zeros(50, int), np.arange(50)) for name in names} for label in "ab"}
+    made_up = lambda: {name: Evaluation(rng.random(50) < 0.6, np.zeros(50, int), np.arange(50)) for name in names}
+    outcomes = dict(a=made_up(), b=made_up())
     rows = {row["name"]: row["policies"] for row in summarise(outcomes, names, names.values())}
     assert list(rows) == [*names, "libero_object", "libero_goal", "mean of suites"]
     wins = sum(outcomes["a"][name].success.sum() for name, suite in names.items() if suite == "libero_goal")
