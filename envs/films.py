@@ -19,21 +19,22 @@ GAP, STRIP = 4, 24
 class Tape:
     """A vector environment for `envs.evaluation.evaluate` that remembers what each episode was told to do.
 
-    After an evaluation of E episodes from `seed` on: actions (E, limit, A) float32, zeros after an episode's end; lost (E,) bool,
+    After an evaluation of E episodes: actions (E, limit, A) float32, zeros after an episode's end; lost (E,) bool,
     cut off because a worker died. `watch(number, successes)` is called when episodes end.
     """
 
-    def __init__(self, venv, episodes: int, seed: int, watch: Callable[[int, int], None] = lambda number, successes: None):
-        self.venv, self.seed, self.watch = venv, seed, watch
+    def __init__(self, venv, episodes: int, watch: Callable[[int, int], None] = lambda number, successes: None):
+        self.venv, self.watch, self.begun = venv, watch, 0
         self.actions = np.zeros((episodes, venv.max_episode_steps, venv.action_dim), np.float32)
         self.lost = np.zeros(episodes, bool)
 
     def __getattr__(self, name: str):
         return getattr(self.venv, name)
 
-    def reset(self, *, seed: int, options: dict):
-        self.first, self.taken = seed - self.seed, np.zeros(self.num_envs, int)
+    def reset(self, *, seed: np.ndarray, options: dict):
+        self.first, self.taken = self.begun, np.zeros(self.num_envs, int)
         self.running = options["reset_mask"].copy()
+        self.begun += int(self.running.sum())
         return self.venv.reset(seed=seed, options=options)
 
     def step(self, chunk: np.ndarray):

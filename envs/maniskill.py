@@ -188,7 +188,7 @@ class ManiSkillEnv:
     def __init__(self, spec: EnvSpec):
         self.spec = spec
         self.max_episode_steps = episode_limit(spec)
-        self.instruction = instruction(spec.env_id)
+        self.task, self.instruction = spec.env_id, instruction(spec.env_id)
         with torch.inference_mode():
             self.env = _make(spec, 1, "cpu")
             self.base = self.env.unwrapped

@@ -49,10 +49,10 @@ class CudaVecEnv(ChunkEnv):
         try:
             self._describe(
                 chunk,
+                [(spec.env_id, maniskill.instruction(spec.env_id))] * num_envs,
                 action_dim=int(self.base.single_action_space.shape[0]),
                 state_dim=state.shape[1],
                 cameras=cameras,
-                instruction=maniskill.instruction(spec.env_id),
                 max_episode_steps=maniskill.episode_limit(spec),
             )
         except EnvError:

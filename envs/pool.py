@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing as mp
 import os
 import signal
@@ -25,11 +26,11 @@ MAX_RESTARTS = 3
 # ---------------------------------------------------------------------------------------------------------- the worker's side
 
 
-def _worker(pipe: Connection, spec: EnvSpec, count: int, threads: int) -> None:
-    """Build `count` environments, then serve commands until told to close. Arrays travel through shared memory."""
+def _worker(pipe: Connection, spec: EnvSpec, slots: range, num_envs: int, threads: int) -> None:
+    """Build the environments of some slots, then serve commands until told to close. Arrays travel through shared memory."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it closes the workers
     try:
-        _serve(pipe, spec, count, threads)
+        _serve(pipe, spec, slots, num_envs, threads)
     except EnvError as error:
         pipe.send(("error", str(error)))
     except (EOFError, BrokenPipeError, ConnectionResetError):
@@ -41,15 +42,13 @@ def _worker(pipe: Connection, spec: EnvSpec, count: int, threads: int) -> None:
     os._exit(0)  # SAPIEN's destructors can hang at exit, and nothing is left to save
 
 
-def _serve(pipe: Connection, spec: EnvSpec, count: int, threads: int) -> None:
+def _serve(pipe: Connection, spec: EnvSpec, slots: range, num_envs: int, threads: int) -> None:
     import torch
 
-    from envs.maniskill import ManiSkillEnv
-
     torch.set_num_threads(threads)
-    envs = [ManiSkillEnv(spec) for _ in range(count)]
-    facts = ("action_dim", "state_dim", "cameras", "instruction", "max_episode_steps")
-    pipe.send(("ok", {name: getattr(envs[0], name) for name in facts}))
+    envs = [spec.create(slot, num_envs) for slot in slots]
+    facts = {name: getattr(envs[0], name) for name in ("action_dim", "state_dim", "cameras", "max_episode_steps")}
+    pipe.send(("ok", (facts, [(env.task, env.instruction) for env in envs])))
     blocks: list[SharedMemory] = []
     arrays: dict[str, np.ndarray] = {}
     while True:
@@ -85,10 +84,10 @@ def _serve(pipe: Connection, spec: EnvSpec, count: int, threads: int) -> None:
 
 
 class _Worker:
-    """A process with `count` environments; slots index, worker, …, so that neighbours in a group land on different workers."""
+    """A process with the environments of some slots, so spaced that neighbours in a group land on different workers."""
 
-    def __init__(self, index: int, spec: EnvSpec, slots: range, threads: int):
-        self.index, self.spec, self.slots, self.threads = index, spec, slots, threads
+    def __init__(self, index: int, spec: EnvSpec, slots: range, num_envs: int, threads: int):
+        self.index, self.spec, self.slots, self.num_envs, self.threads = index, spec, slots, num_envs, threads
         self.start()
 
     def start(self) -> None:
@@ -99,8 +98,9 @@ class _Worker:
         os.environ.update({name: str(self.threads) for name in names})
         try:
             self.process = context.Process(
-                target=_worker, args=(child, self.spec, len(self.slots), self.threads), daemon=True, name=f"env-{self.index}"
-            )
+                target=_worker, args=(child, self.spec, self.slots, self.num_envs, self.threads), daemon=True,
+                name=f"env-{self.index}",
+            )  # fmt: skip
             self.process.start()
         finally:
             for name in names:
@@ -156,13 +156,13 @@ class ChunkEnv(gym.vector.VectorEnv):
         return f"{type(self).__name__}({self.spec.env_id!r}, num_envs={self.num_envs})"
 
     def _describe(
-        self, chunk: int, *, action_dim: int, state_dim: int, cameras: tuple, instruction: str, max_episode_steps: int
+        self, chunk: int, tasks: list[tuple[str, str]], *, action_dim: int, state_dim: int, cameras: tuple, max_episode_steps: int
     ) -> None:
-        """Set the spaces and the attributes that learners read."""
+        """Set the spaces and the attributes that learners read. tasks: id and instruction of each environment's."""
         if not 1 <= chunk <= max_episode_steps:
             raise EnvError(f"a chunk of {chunk} actions does not fit an episode of {max_episode_steps} steps")
-        self.instruction = instruction
-        self.instructions = [instruction] * self.num_envs
+        self.tasks, self.instructions = map(list, zip(*tasks))
+        self.instruction = self.instructions[0]
         self.max_episode_steps, self.action_dim = max_episode_steps, action_dim
         size = self.spec.image_size if cameras else 0
         self.single_action_space = gym.spaces.Box(-1, 1, (chunk, action_dim), np.float32)
@@ -183,6 +183,11 @@ class ChunkEnv(gym.vector.VectorEnv):
         for name, array in (("seed", seeds), ("reset_mask", mask)):
             if array.shape != (self.num_envs,):
                 raise EnvError(f"reset takes one {name} per environment ({self.num_envs}), got an array of shape {array.shape}")
+        if len(set(zip(seeds[mask].tolist(), itertools.compress(self.tasks, mask)))) > len(set(seeds[mask].tolist())):
+            raise EnvError(
+                f"environments of one group (equal seeds) have different tasks: the number of environments per task "
+                f"({self.num_envs} for {len(set(self.tasks))} tasks) must be a multiple of the group size"
+            )
         return seeds, mask
 
     def _step_argument(self, chunk: np.ndarray) -> np.ndarray:
@@ -207,11 +212,13 @@ class ChunkVecEnv(ChunkEnv):
         self._restarts = 0
         num_workers = min(num_workers, num_envs)
         threads = max(1, (os.cpu_count() or 1) // num_workers)
-        self._workers = [_Worker(w, spec, range(w, num_envs, num_workers), threads) for w in range(num_workers)]
+        self._workers = [_Worker(w, spec, range(w, num_envs, num_workers), num_envs, threads) for w in range(num_workers)]
         self._where = {slot: (worker, i) for worker in self._workers for i, slot in enumerate(worker.slots)}
         try:
-            facts = [self._receive_or_fail(worker) for worker in self._workers][0]
-            self._describe(chunk, **facts)
+            tasks = [("", "")] * num_envs
+            for worker in self._workers:
+                facts, tasks[worker.index :: num_workers] = self._receive_or_fail(worker)
+            self._describe(chunk, tasks, **facts)
         except BaseException:
             self.close()
             raise
@@ -300,8 +307,7 @@ class ChunkVecEnv(ChunkEnv):
             return worker.receive()
         except EOFError:
             raise EnvError(
-                f"environment worker {worker.index} died (exit code {worker.process.exitcode}): a broken Vulkan driver or too "
-                f"little memory; check the driver with: python -m envs.vulkan"
+                f"environment worker {worker.index} died (exit code {worker.process.exitcode}): {self.spec.death}"
             ) from None
 
     def _run(self, command: str, jobs: dict[int, tuple]) -> tuple[list, np.ndarray]:
@@ -326,7 +332,7 @@ class ChunkVecEnv(ChunkEnv):
     def _replace(self, worker: _Worker) -> None:
         self._restarts += 1
         if self._restarts > MAX_RESTARTS:
-            raise EnvError(f"environment workers died {self._restarts} times: too little memory, or a broken Vulkan driver")
+            raise EnvError(f"environment workers died {self._restarts} times: {self.spec.death}")
         warnings.warn(f"environment worker {worker.index} died and is replaced; its episodes are dropped", stacklevel=2)
         worker.start()
         self._receive_or_fail(worker)

