@@ -255,7 +255,7 @@ if __name__ == "__main__":
                 f"no bundled checkpoint for {args.env_id} in {args.obs_mode} mode; make one with: python algos/sft_pi0.py "
                 f"--env-id {args.env_id} --obs-mode {args.obs_mode} --output runs/sft, then add --checkpoint runs/sft"
             )
-        run = Path(args.resume or f"runs/nft-{args.env_id}-{args.obs_mode}-{args.seed}-{int(time.time())}")
+        run = Path(args.resume or f"runs/nft-{args.env_id.replace('/', '-')}-{args.obs_mode}-{args.seed}-{int(time.time())}")
 
         # Seeds
         random.seed(args.seed)

@@ -358,7 +358,8 @@ if __name__ == "__main__":
                 f"--env-id {args.env_id} --obs-mode {args.obs_mode}, then python algos/sft_pi05.py --env-id {args.env_id} "
                 f"--obs-mode {args.obs_mode} --base runs/pretrained-pi05 --output runs/sft, then add --checkpoint runs/sft"
             )
-        run = Path(args.resume or f"runs/stepnft-pi05-{args.env_id}-{args.obs_mode}-{args.seed}-{int(time.time())}")
+        name = f"stepnft-pi05-{args.env_id.replace('/', '-')}-{args.obs_mode}-{args.seed}-{int(time.time())}"
+        run = Path(args.resume or f"runs/{name}")
 
         # Seeds
         random.seed(args.seed)

