@@ -47,20 +47,23 @@ class Plain:
     """LIBERO's own environment, as evaluations in the field use it, with LIBERO's hard reset."""
 
     def __init__(self, task: str):
+        suite, _, name = libero.task_names(task)[0]  # chooses the renderer
         with libero.quiet():
             from libero.libero import get_libero_path
             from libero.libero.envs import OffScreenRenderEnv
 
-            suite, _, name = libero.task_names(task)[0]
             file = Path(get_libero_path("bddl_files")) / suite / f"{name}.bddl"
             self.env = OffScreenRenderEnv(bddl_file_name=str(file), camera_heights=SIZE, camera_widths=SIZE)
+        self.initializers = list(self.env.env.object_property_initializers)
 
     def draw(self):
         """LIBERO assumes that there is no other environment in its process."""
         self.env.sim._render_context_offscreen.gl_ctx.make_current()
 
     def begin(self, state: np.ndarray) -> dict:
+        """As its first episode: in each reset LIBERO draws more numbers for open doors and drawers, and the furniture moves."""
         self.draw()
+        self.env.env.object_property_initializers[:] = self.initializers
         self.env.seed(libero.LiberoSpec.furniture_seed)
         with libero.quiet():
             self.env.reset()
