@@ -27,7 +27,7 @@ vulkan: $(VENV)/.installed ## install a software Vulkan driver if there is none 
 
 libero: $(VENV)/.installed-libero osmesa ## install the LIBERO benchmark and, without a GPU, its renderer
 
-osmesa:
+osmesa: $(VENV)/.installed
 	@PYTHON=$(BIN)/python bash scripts/setup_osmesa.sh
 
 clean: ## remove the virtual environment and caches (never runs/ or videos/)
