@@ -128,8 +128,9 @@ def main(args: Args) -> None:
     path = f"demos/{args.env_id}-{args.obs_mode}-{size}{args.demos}-noise{args.demo_noise}.h5"
     if args.dataset:
         data = datasets.read(
-            args.dataset, obs_mode=args.obs_mode, rotate=args.rotate_images, image_size=image_size, env_id=args.env_id
-        )
+            args.dataset, obs_mode=args.obs_mode, rotate=args.rotate_images, image_size=image_size, env_id=args.env_id,
+            **(dict(control_mode=venv.spec.control_mode) if venv else {}),
+        )  # fmt: skip
     elif os.path.exists(path):
         data = demos.read(path, env_id=args.env_id, obs_mode=args.obs_mode)
     else:
