@@ -119,7 +119,11 @@ def main(args: Args) -> None:
     # Demonstrations
     base = policies.load(args.base, device, expect="pi05") if args.base else None
     image_size = base.config.image_size if base else args.image_size
-    venv = None
+    data, venv = None, None
+    if args.dataset:  # before the simulators start, which takes longer than to find a file wanting
+        data = datasets.read(
+            args.dataset, obs_mode=args.obs_mode, rotate=args.rotate_images, image_size=image_size, env_id=args.env_id
+        )
     if args.eval_episodes:
         venv = envs.make(
             args.env_id, args.num_envs, obs_mode=args.obs_mode, image_size=image_size, chunk=args.execute, seed=args.seed,
@@ -127,21 +131,19 @@ def main(args: Args) -> None:
         )  # fmt: skip
     size = f"{image_size}px-" if args.obs_mode == "rgb" else ""
     path = f"demos/{args.env_id}-{args.obs_mode}-{size}{args.demos}-noise{args.demo_noise}.h5"
-    if args.dataset:
-        data = datasets.read(
-            args.dataset, obs_mode=args.obs_mode, rotate=args.rotate_images, image_size=image_size, env_id=args.env_id
-        )
-    elif os.path.exists(path):
+    if not data and os.path.exists(path):
         data = demos.read(path, env_id=args.env_id, obs_mode=args.obs_mode)
-    else:
+    elif not data:
         data = demos.collect(path, venv, args.demos, noise=args.demo_noise)
     chunks = data.chunks(args.horizon, args.absolute_actions)  # (N, H, A)
     if venv:
-        shapes = dict(cameras=data.image.shape[1], state=data.state.shape[1], action=chunks.shape[-1])
-        space = venv.single_observation_space
-        wanted = dict(cameras=space["image"].shape[0], state=space["state"].shape[0], action=venv.action_dim)
-        if shapes != wanted:
-            raise envs.EnvError(f"the demonstrations have {shapes}, {args.env_id} {wanted}; --eval-episodes 0 trains all the same")
+        space, mode = venv.single_observation_space, venv.spec.control_mode
+        given = dict(cameras=data.image.shape[1], state=data.state.shape[1], action=chunks.shape[-1],
+                     control_mode=data.attrs.get("control_mode", mode))  # fmt: skip
+        wanted = dict(cameras=space["image"].shape[0], state=space["state"].shape[0], action=venv.action_dim, control_mode=mode)
+        if given != wanted:
+            venv.close()
+            raise envs.EnvError(f"the demonstrations have {given}, {args.env_id} {wanted}; --eval-episodes 0 trains all the same")
 
     # Policy
     if base:  # no weight depends on the horizon

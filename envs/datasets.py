@@ -5,14 +5,18 @@
     read("trajectory.rgb.pd_ee_delta_pose.physx_cpu.h5")   # ManiSkill's RecordEpisode, with the .json beside it
     read("lerobot/libero")                                 # a LeRobot dataset folder, v2.0 to v3.0
 
-The layout is recognised by what is in the file. All is held in memory; `image_size` shrinks pictures while they are read.
+The layout is recognised by what is in the file. Pictures, shrunk to `image_size` while they are read, lie in an unnamed temporary
+file (in `TMPDIR`) that is mapped into memory, so they may be more than fit there; all else is held in memory.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
+import itertools
 import json
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,7 +40,8 @@ def read(
     obs_mode: "rgb", or "state" to leave the pictures away.
     rotate: turn pictures by 180°. Default: those of LIBERO's HDF5 files alone, which hold what MuJoCo renders, upside down; LeRobot
         versions of LIBERO are mostly turned already (openpi's are).
-    image_size: longer side of the pictures in memory, px; smaller ones stay as they are. Default: as stored.
+    image_size: longer side of the pictures in memory, px; smaller ones stay as they are. Default: as stored. Cameras of different
+        sizes all become squares of this size, padded with black.
     expected: what a file must be of if it tells, e.g. env_id="PickCube-v1".
 
     Raises EnvError, in one line, that names the file and what it lacks.
@@ -44,7 +49,7 @@ def read(
     path = Path(path)
     if not path.exists():
         raise EnvError(f"no demonstration file at {path}")
-    try:
+    with _reading(path):
         if (path / "meta" / "info.json").is_file():
             episodes = _lerobot(path)
         elif files := [path] if path.is_file() else sorted([*path.glob("*.hdf5"), *path.glob("*.h5")]):
@@ -56,8 +61,6 @@ def read(
         if obs_mode == "state":
             episodes = (episode | {"image": []} for episode in episodes)
         data = _join(path, episodes, bool(rotate), image_size)
-    except (OSError, KeyError, json.JSONDecodeError) as error:
-        raise EnvError(f"{path} cannot be read as demonstrations: {str(error).splitlines()[0]}") from None
     for name, value in expected.items():
         if data.attrs.get(name, value) != value:
             raise EnvError(f"{path} was made for {name} {data.attrs[name]!r}, not {value!r}")
@@ -66,46 +69,84 @@ def read(
     return data
 
 
+@contextlib.contextmanager
+def _reading(place: str | Path) -> Iterator[None]:
+    """Names the place in what h5py, json, pyarrow, NumPy and the decoders raise over a damaged file."""
+    try:
+        yield
+    except KeyError as error:
+        raise EnvError(f"{place} lacks {str(error).splitlines()[0]}") from None
+    except (OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise EnvError(f"{place} cannot be read as demonstrations: {reason}") from None
+
+
 def _join(path: Path, episodes: Iterator[dict], rotate: bool, image_size: int | None) -> demos.Demos:
     """Episodes of {"image": [(T, H, W, 3) per camera], "state" (T, S), "action" (T, A), "instruction"} as one Demos."""
-    columns: dict[str, list] = {"image": [], "state": [], "action": []}
-    instructions, attrs = [], {}
-    for episode in episodes:
-        cameras = [_shrink(images[:, ::-1, ::-1] if rotate else images, image_size) for images in episode["image"]]
-        T = len(episode["action"])
-        if len({c.shape[1:] for c in cameras}) > 1:
-            raise EnvError(f"{path} has cameras of {' and '.join(str(c.shape[1:3]) for c in cameras)} pixels: give --image-size")
-        episode["image"] = np.stack(cameras, 1) if cameras else np.zeros((T, 0, 0, 0, 3), np.uint8)
-        for name, values in columns.items():
-            value = np.asarray(episode[name], np.uint8 if name == "image" else np.float32)
-            if len(value) != T or (values and value.shape[1:] != values[0].shape[1:]):
-                raise EnvError(f"{path}: {name} of episode {len(instructions)} has shape {value.shape}, unlike the rest")
-            if not np.isfinite(value).all():
-                raise EnvError(f"{path}: {name} of episode {len(instructions)} holds NaN or infinity")
-            values.append(value)
-        instructions.append(episode["instruction"])
-        attrs.update(episode.get("attrs", {}))
-    if not instructions:
-        raise EnvError(f"{path} holds no successful episode")
-    start = np.cumsum([0, *map(len, columns["action"][:-1])])
-    arrays = {name: np.concatenate(values) for name, values in columns.items()}
-    objects = np.zeros((len(arrays["action"]), 0, 3), np.float32)  # privileged: not in these files
-    return demos.Demos(**arrays, objects=objects, start=start, attrs=attrs | dict(instruction=instructions[0]),
-                       instructions=instructions)  # fmt: skip
+    columns: dict[str, list] = {"state": [], "action": []}
+    instructions, attrs, shape = [], {}, None
+    with tempfile.TemporaryFile() as pictures:
+        for episode in episodes:
+            which, T = f"of episode {len(instructions)}", len(episode["action"])
+            if not T:
+                continue
+            for images in episode["image"]:
+                if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+                    raise EnvError(f"{path}: pictures {which} are {images.dtype} {images.shape}, not uint8 (T, H, W, 3)")
+            sizes = {images.shape[1:3] for images in episode["image"]}
+            if len(sizes) > 1 and not image_size:
+                raise EnvError(f"{path} has cameras of {' and '.join(map(str, sorted(sizes)))} pixels: give image_size")
+            turned = (images[:, ::-1, ::-1] if rotate else images for images in episode["image"])
+            cameras = [_resize(images, image_size, square=len(sizes) > 1) for images in turned]
+            if len({T, len(episode["state"]), *map(len, cameras)}) > 1:
+                raise EnvError(f"{path}: {T} actions {which}, {len(episode['state'])} states, {[*map(len, cameras)]} pictures")
+            image = np.stack(cameras, 1) if cameras else np.zeros((T, 0, 0, 0, 3), np.uint8)
+            shape = shape or image.shape[1:]
+            if image.shape[1:] != shape:
+                raise EnvError(f"{path}: pictures {which} have shape {image.shape[1:]}, those before {shape}")
+            pictures.write(image.data)
+            for name, values in columns.items():
+                value = np.asarray(episode[name], np.float32).reshape(T, -1)  # LeRobot stores 1-dim vectors as numbers
+                if values and value.shape[1] != values[0].shape[1]:
+                    raise EnvError(f"{path}: {name} {which} has {value.shape[1]} dimensions, before {values[0].shape[1]}")
+                if not np.isfinite(value).all():
+                    raise EnvError(f"{path}: {name} {which} holds NaN or infinity")
+                values.append(value)
+            instructions.append(episode["instruction"])
+            for name, value in episode.get("attrs", {}).items():
+                if attrs.setdefault(name, value) != value:
+                    raise EnvError(f"{path} mixes {name} {attrs[name]!r} and {value!r}")
+        lengths = [len(action) for action in columns["action"]]
+        if not lengths:
+            raise EnvError(f"{path} holds no successful episode")
+        pictures.flush()
+        shape = sum(lengths), *shape
+        image = np.asarray(np.memmap(pictures, np.uint8, "r", shape=shape)) if shape[1] else np.zeros(shape, np.uint8)
+    return demos.Demos(
+        image=image, **{name: np.concatenate(values) for name, values in columns.items()},
+        objects=np.zeros((len(image), 0, 3), np.float32),  # privileged: not in these files
+        start=np.cumsum([0, *lengths[:-1]]), attrs=attrs | dict(instruction=instructions[0]), instructions=instructions,
+    )  # fmt: skip
 
 
-def _shrink(images: np.ndarray, size: int | None) -> np.ndarray:
-    """(T, H, W, 3) uint8 with the longer side at most `size`: bilinear with antialiasing, as the policies' processor does it."""
+def _resize(images: np.ndarray, size: int | None, square: bool) -> np.ndarray:
+    """(T, H, W, 3) uint8 with the longer side at most `size`: bilinear with antialiasing, as the policies' processor does it.
+
+    square: (T, size, size, 3), centred on black, as the processor makes it of all; for cameras that differ and are to be one array.
+    """
     ratio = max(images.shape[1:3]) / (size or np.inf)
-    if ratio <= 1:
+    if ratio <= 1 and not square:
         return images
     import torch
 
-    shape = [max(1, int(side / ratio)) for side in images.shape[1:3]]
-    small = torch.nn.functional.interpolate(
-        torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2), shape, mode="bilinear", antialias=True
+    H, W = (max(1, int(side / ratio)) for side in images.shape[1:3])
+    resized = torch.nn.functional.interpolate(
+        torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2), (H, W), mode="bilinear", antialias=True
     )
-    return small.permute(0, 2, 3, 1).numpy()
+    if square:
+        top, left = (size - H) // 2, (size - W) // 2
+        resized = torch.nn.functional.pad(resized, (left, size - W - left, top, size - H - top))
+    return np.ascontiguousarray(resized.permute(0, 2, 3, 1).numpy())
 
 
 def _of(group: Any, name: str, file: Path, advice: str = "") -> Any:
@@ -113,6 +154,13 @@ def _of(group: Any, name: str, file: Path, advice: str = "") -> Any:
     if name not in group:
         raise EnvError(f"{file} lacks {group.name.rstrip('/')}/{name}{advice}")
     return group[name]
+
+
+def _json(file: Path) -> dict:
+    with _reading(file):
+        if isinstance(content := json.loads(file.read_text()), dict):
+            return content
+        raise EnvError(f"{file} holds no JSON object")
 
 
 def _attribute(file: Path, name: str) -> Any:
@@ -129,7 +177,7 @@ def _numbered(names: Any, prefix: str) -> list[str]:
 
 
 def _hdf5(file: Path, rotate: bool | None) -> Iterator[dict]:
-    with h5py.File(file) as opened:
+    with _reading(file), h5py.File(file) as opened:
         if "data" in opened:
             yield from _libero(opened["data"], file, rotate is None)
         elif _numbered(opened, "traj_"):
@@ -140,19 +188,20 @@ def _hdf5(file: Path, rotate: bool | None) -> Iterator[dict]:
 
 def _libero(data: h5py.Group, file: Path, rotate: bool) -> Iterator[dict]:
     """`/data/demo_<i>/{actions, obs/…}` with the instruction in the attribute `problem_info`."""
-    info = json.loads(data.attrs.get("problem_info", "{}"))
+    with _reading(f"{file}, attribute 'problem_info' of /data,"):
+        info = json.loads(data.attrs.get("problem_info", "{}"))
     if "language_instruction" not in info:
         raise EnvError(f"{file} lacks the instruction: no 'language_instruction' in the attribute 'problem_info' of /data")
     for name in _numbered(data, "demo_"):
         demo = data[name]
         obs = _of(demo, "obs", file)
         images = [_of(obs, camera, file)[:] for camera in LIBERO_CAMERAS]
+        with _reading(f"{file}, {obs.name},"):
+            state = np.concatenate([_of(obs, part, file)[:] for part in LIBERO_STATE], 1)
         yield dict(
-            image=[x[:, ::-1, ::-1] for x in images] if rotate else images,
-            state=np.concatenate([_of(obs, part, file)[:] for part in LIBERO_STATE], 1),
-            action=_of(demo, "actions", file)[:],
+            image=[x[:, ::-1, ::-1] for x in images] if rotate else images, state=state, action=_of(demo, "actions", file)[:],
             instruction="".join(info["language_instruction"]).strip().strip('"').lower(),
-        )
+        )  # fmt: skip
 
 
 def _maniskill(opened: h5py.File, file: Path) -> Iterator[dict]:
@@ -162,12 +211,13 @@ def _maniskill(opened: h5py.File, file: Path) -> Iterator[dict]:
     sidecar = file.with_suffix(".json")
     if not sidecar.is_file():
         raise EnvError(f"{file} lacks its description {sidecar.name}, which ManiSkill writes beside it")
-    info = json.loads(sidecar.read_text()).get("env_info", {})
+    info = _json(sidecar).get("env_info") or {}
     if "env_id" not in info:
         raise EnvError(f"{sidecar} lacks env_info/env_id")
-    env_id, mode = info["env_id"], info.get("env_kwargs", {}).get("control_mode")
+    env_id, mode = info["env_id"], (info.get("env_kwargs") or {}).get("control_mode")
+    replayed = "pd_ee_delta_pose" if mode == "pd_joint_pos" else mode  # ManiSkill converts from no other into that
     advice = (f": record observations with python -m mani_skill.trajectory.replay_trajectory --traj-path {file} "
-              "-o rgb -c pd_ee_delta_pose --save-traj")  # fmt: skip
+              f"-o rgb{f' -c {replayed}' if replayed else ''} --save-traj")  # fmt: skip
     attrs = dict(env_id=env_id) | ({"control_mode": mode} if mode else {})
     for name in _numbered(opened, "traj_"):
         trajectory = opened[name]
@@ -202,7 +252,7 @@ def _lerobot(folder: Path) -> Iterator[dict]:
         import pyarrow.parquet as pq
     except ImportError:
         raise EnvError("LeRobot datasets need pyarrow: pip install pyarrow") from None
-    info = json.loads((folder / "meta" / "info.json").read_text())
+    info = _json(folder / "meta" / "info.json")
     version = str(info.get("codebase_version", "")).removeprefix("v")
     if version.split(".")[0] not in ("2", "3"):
         raise EnvError(f"{folder} is a LeRobot dataset of version {version or 'unknown'}; v2.0 to v3.0 can be read")
@@ -215,72 +265,97 @@ def _lerobot(folder: Path) -> Iterator[dict]:
         return found
 
     state, action = one_of("observation.state", "state"), one_of("action", "actions")
-    cameras = {name: feature["dtype"] for name, feature in features.items() if feature["dtype"] in ("image", "video")}
+    cameras = {name: feature["dtype"] for name, feature in features.items() if feature.get("dtype") in ("image", "video")}
     files = sorted((folder / "data").rglob("*.parquet"))
     if not files:
         raise EnvError(f"{folder} lacks data/**/*.parquet")
     stored = [name for name, dtype in cameras.items() if dtype == "image"]
     columns = ["episode_index", "frame_index", "task_index", state, action, *stored]
-    tasks, places = _lerobot_tasks(folder), _lerobot_episodes(folder, pq) if version.startswith("3") else {}
+    tasks, videos = _lerobot_tasks(folder), _Videos(folder, info, version.startswith("3"))
     for file in files:
-        missing = set(columns) - set(pq.read_schema(file).names)
-        if missing:
-            raise EnvError(f"{file} lacks the column {', '.join(sorted(missing))}")
-        table = pq.read_table(file, columns=columns).combine_chunks()
-        for episode in sorted(set(table["episode_index"].to_pylist())):
-            rows = table.filter(pa.compute.equal(table["episode_index"], episode)).sort_by("frame_index")
-            task = rows["task_index"][0].as_py()
-            if task not in tasks:
-                raise EnvError(f"{folder}/meta lacks the text of task {task}")
-            frames = {name: np.stack([_picture(cell, folder) for cell in rows[name].to_pylist()]) for name in stored}
-            for name in cameras.keys() - frames.keys():
-                frames[name] = _video(folder, info, name, episode, len(rows), places.get(episode, {}))
-            yield dict(image=[frames[name] for name in cameras], instruction=tasks[task],
-                       state=np.array(rows[state].to_pylist()), action=np.array(rows[action].to_pylist()))  # fmt: skip
+        with _reading(file):
+            missing = set(columns) - set(pq.read_schema(file).names)
+            if missing:
+                raise EnvError(f"{file} lacks the column {', '.join(sorted(missing))}")
+            table = pq.read_table(file, columns=columns).combine_chunks()
+            for episode in sorted(set(table["episode_index"].to_pylist())):
+                rows = table.filter(pa.compute.equal(table["episode_index"], episode)).sort_by("frame_index")
+                task = rows["task_index"][0].as_py()
+                if task not in tasks:
+                    raise EnvError(f"{folder}/meta lacks the text of task {task}")
+                frames = {name: np.stack([_picture(cell, folder) for cell in rows[name].to_pylist()]) for name in stored}
+                for name in cameras.keys() - frames.keys():
+                    frames[name] = videos.read(name, episode, len(rows))
+                yield dict(image=[frames[name] for name in cameras], instruction=tasks[task],
+                           state=np.array(rows[state].to_pylist(), np.float32),
+                           action=np.array(rows[action].to_pylist(), np.float32))  # fmt: skip
 
 
 def _lerobot_tasks(folder: Path) -> dict[int, str]:
     """task_index → instruction: meta/tasks.jsonl (v2), meta/tasks.parquet (v3)."""
-    if (lines := folder / "meta" / "tasks.jsonl").is_file():
-        return {row["task_index"]: row["task"] for row in map(json.loads, filter(str.strip, lines.read_text().splitlines()))}
-    if not (table := folder / "meta" / "tasks.parquet").is_file():
-        raise EnvError(f"{folder} lacks meta/tasks.jsonl (v2) and meta/tasks.parquet (v3)")
     import pyarrow.parquet as pq
 
-    columns = pq.read_table(table).to_pydict()
-    text = next((name for name in columns if name != "task_index"), None)  # pandas' index, whose name varies
-    return dict(zip(columns["task_index"], columns.get(text, ())))
+    if (lines := folder / "meta" / "tasks.jsonl").is_file():
+        with _reading(lines):
+            return {row["task_index"]: row["task"] for row in map(json.loads, filter(str.strip, lines.read_text().splitlines()))}
+    if not (table := folder / "meta" / "tasks.parquet").is_file():
+        raise EnvError(f"{folder} lacks meta/tasks.jsonl (v2) and meta/tasks.parquet (v3)")
+    with _reading(table):
+        columns = pq.read_table(table).to_pydict()
+        text = next((name for name in columns if name != "task_index"), None)  # pandas' index, whose name varies
+        return dict(zip(columns["task_index"], columns.get(text, ())))
 
 
-def _lerobot_episodes(folder: Path, pq: Any) -> dict[int, dict]:
-    """episode_index → its row in meta/episodes/**/*.parquet (v3): in which video file, and from which second."""
-    rows = [row for file in sorted((folder / "meta" / "episodes").rglob("*.parquet")) for row in pq.read_table(file).to_pylist()]
-    return {row["episode_index"]: row for row in rows}
-
-
-def _picture(cell: dict, folder: Path) -> np.ndarray:
+def _picture(cell: dict | None, folder: Path) -> np.ndarray:
     """A PNG or JPEG inside a parquet cell, or the file it names."""
     import imageio.v3 as iio
 
-    return iio.imread(io.BytesIO(cell["bytes"]) if cell.get("bytes") else folder / cell["path"])[..., :3]
+    if not cell or not (cell.get("bytes") or cell.get("path")):
+        raise ValueError("a row has no picture")
+    return iio.imread(io.BytesIO(cell["bytes"]) if cell.get("bytes") else folder / cell["path"], plugin="pillow", mode="RGB")
 
 
-def _video(folder: Path, info: dict, camera: str, episode: int, length: int, place: dict) -> np.ndarray:
-    """The `length` frames (T, H, W, 3) of an episode: a file of its own (v2), or a piece of one (v3)."""
-    import imageio.v3 as iio
+class _Videos:
+    """Videos of a LeRobot dataset: one per episode and camera (v2), or long ones of which episodes are pieces (v3).
 
-    if place:
-        keys = dict(chunk_index=place[f"videos/{camera}/chunk_index"], file_index=place[f"videos/{camera}/file_index"])
-        first = round(place[f"videos/{camera}/from_timestamp"] * info["fps"])
-    else:
-        keys, first = dict(episode_chunk=episode // info.get("chunks_size", 1000), episode_index=episode), 0
-    file = folder / info["video_path"].format(video_key=camera, **keys)
-    if not file.is_file():
-        raise EnvError(f"{folder} lacks the video {file.relative_to(folder)}")
-    frames = []
-    for i, frame in enumerate(iio.imiter(file, plugin="FFMPEG")):
-        if i >= first:
-            frames.append(frame)
-        if len(frames) == length:
-            return np.stack(frames)
-    raise EnvError(f"{file} has {len(frames)} frames of episode {episode}, its data {length}")
+    Each camera's file stays open and is read forwards, since the episodes of a long one follow one another.
+    """
+
+    def __init__(self, folder: Path, info: dict, pieces: bool):
+        self.folder, self.info, self.pieces = folder, info, pieces
+        self.places: dict[int, dict] = {}  # v3: episode_index → its row in meta/episodes
+        self.open: dict[str, tuple[Path, Iterator[np.ndarray], int]] = {}  # camera → file, its frames, number of the next one
+        if pieces:
+            import pyarrow.parquet as pq
+
+            for file in sorted((folder / "meta" / "episodes").rglob("*.parquet")):
+                with _reading(file):
+                    self.places |= {row["episode_index"]: row for row in pq.read_table(file).to_pylist()}
+
+    def read(self, camera: str, episode: int, length: int) -> np.ndarray:
+        """The `length` frames (T, H, W, 3) of an episode."""
+        import imageio.v3 as iio
+
+        keys, first = dict(episode_chunk=episode // self.info.get("chunks_size", 1000), episode_index=episode), 0
+        if self.pieces:
+            if episode not in self.places:
+                raise EnvError(f"{self.folder} lacks episode {episode} in meta/episodes/**/*.parquet")
+            with _reading(f"{self.folder}/meta, of episode {episode},"):
+                place = {name: self.places[episode][f"videos/{camera}/{name}"]
+                         for name in ("chunk_index", "file_index", "from_timestamp")}  # fmt: skip
+                keys, first = place, round(place.pop("from_timestamp") * self.info["fps"])
+        if not self.info.get("video_path"):
+            raise EnvError(f"{self.folder}/meta/info.json lacks video_path")
+        with _reading(f"{self.folder}/meta/info.json, video_path,"):
+            file = self.folder / self.info["video_path"].format(video_key=camera, **keys)
+        if not file.is_file():
+            raise EnvError(f"{self.folder} lacks the video {file.relative_to(self.folder)}")
+        opened, frames, position = self.open.get(camera, (None, iter(()), 0))
+        if opened != file or first < position:
+            frames, position = iter(iio.imiter(file, plugin="FFMPEG")), 0
+        with _reading(file):
+            piece = list(itertools.islice(frames, first - position, first - position + length))
+        if len(piece) < length:
+            raise EnvError(f"{file} has {len(piece)} frames of episode {episode}, its data {length}")
+        self.open[camera] = file, frames, first + length
+        return np.stack(piece)

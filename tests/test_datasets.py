@@ -2,12 +2,15 @@
 
 import contextlib
 import json
+import shutil
+import sys
 from pathlib import Path
 
 import h5py
 import imageio.v3 as iio
 import numpy as np
 import pytest
+import torch
 
 import envs
 import policies
@@ -160,6 +163,55 @@ def test_lerobot(version, pictures, tolerance, tmp_path, episodes):
     assert turned.image[0, 0, 0].mean() > turned.image[0, 0, -1].mean()  # the ramp rises downwards, and upwards when turned
 
 
+def test_lerobot_vectors_of_one_dimension_and_episodes_in_any_order(tmp_path, episodes):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    write_lerobot(tmp_path, episodes, "v3.0", "video")
+    file = tmp_path / "data/chunk-000/file-000.parquet"
+    table = pq.read_table(file)
+    gain = np.arange(8, dtype=np.float32)
+    table = table.set_column(table.schema.get_field_index("action"), "action", pa.array(gain))  # stored as numbers, not lists
+    pq.write_table(table.slice(LENGTHS[0]), file)  # the later episode is read first, so the video starts again
+    pq.write_table(table.slice(0, LENGTHS[0]), file.with_name("file-001.parquet"))
+    data = datasets.read(tmp_path)
+    assert data.action.tolist() == [[x] for x in [5, 6, 7, 0, 1, 2, 3, 4]] and data.chunks(2).shape == (8, 2, 1)
+    assert np.abs(data.image[:3].astype(float) - episodes[1]["image"]).mean() <= 3
+    assert np.abs(data.image[3:].astype(float) - episodes[0]["image"]).mean() <= 3
+
+
+@pytest.mark.parametrize(
+    "mode, replayed", [("pd_joint_pos", "pd_ee_delta_pose"), ("pd_ee_delta_pose", "pd_ee_delta_pose"), ("pd_joint_delta_pos",) * 2]
+)
+def test_replay_is_advised_in_a_control_mode_that_maniskill_can_convert_to(mode, replayed, tmp_path, episodes):
+    write_maniskill(tmp_path / "t.h5", episodes, "none")
+    description = tmp_path / "t.json"
+    description.write_text(description.read_text().replace("pd_ee_delta_pose", mode))
+    with pytest.raises(envs.EnvError, match=f"lacks /traj_0/obs: .* -c {replayed} --save-traj$"):
+        datasets.read(tmp_path / "t.h5")
+
+
+def test_cameras_of_different_sizes(tmp_path, episodes):
+    write_libero(tmp_path / "t.h5", episodes, TEXTS[0])
+    wide = episodes[0]["image"][:, 1, ::2]
+    with h5py.File(tmp_path / "t.h5", "a") as opened:
+        for i in range(2):
+            del opened[f"data/demo_{i}/obs/eye_in_hand_rgb"]
+            opened[f"data/demo_{i}/obs/eye_in_hand_rgb"] = wide[: LENGTHS[i], ::-1, ::-1]
+    with pytest.raises(envs.EnvError, match=r"\(16, 32\) and \(32, 32\)"):
+        datasets.read(tmp_path / "t.h5")
+    for size in (24, 48):  # what the processor would make of each camera by itself
+        image = datasets.read(tmp_path / "t.h5", image_size=size).image
+        for camera, pictures in enumerate((episodes[0]["image"][:, 0], wide)):
+            fitted = policies.processor.resize_with_padding(torch.from_numpy(pictures.copy()).permute(0, 3, 1, 2), size)
+            np.testing.assert_array_equal(image[: LENGTHS[0], camera], fitted.permute(0, 2, 3, 1).numpy())
+
+
+def test_without_pyarrow(tmp_path, episodes, monkeypatch):
+    write_lerobot(tmp_path, episodes, "v2.1", "image")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(envs.EnvError, match="pip install pyarrow"):
+        datasets.read(tmp_path)
+
+
 def test_what_follows_an_episode():
     arrays = dict(image=np.zeros((3, 0, 0, 0, 3), np.uint8), state=np.zeros((3, 1)), objects=np.zeros((3, 0, 3)))
     data = demos.Demos(**arrays, action=np.array([[1.0, 1], [2, -1], [3, 1]]), start=np.array([0, 2]), attrs={})
@@ -184,13 +236,20 @@ def test_what_follows_an_episode():
         ("old version", "version 1.6"),
         ("truncated", "cannot be read"),
         ("NaN", "NaN"),
+        ("float pictures", "float64"),
+        ("two tasks", "mixes env_id"),
+        ("damaged parquet", "episode_000000.parquet cannot be read"),
+        ("damaged info", "info.json cannot be read"),
+        ("damaged picture", "episode_000000.parquet cannot be read"),
+        ("no places of videos", "lacks episode 0 in meta/episodes"),
+        ("fewer frames", "has 3 frames of episode 0, its data 5"),
     ],
 )
 def test_what_a_file_lacks_is_named_in_one_line(spoil, named, tmp_path, episodes):
     path, expected = tmp_path / "t.h5", {}
     if spoil == "other hdf5":
         h5py.File(path, "w").close()
-    elif spoil in ("no camera", "no instruction", "truncated", "NaN"):
+    elif spoil in ("no camera", "no instruction", "truncated", "NaN", "float pictures"):
         if spoil == "NaN":
             episodes[0]["action"][1, 2] = np.nan
         write_libero(path, episodes, TEXTS[0])
@@ -202,6 +261,33 @@ def test_what_a_file_lacks_is_named_in_one_line(spoil, named, tmp_path, episodes
                     del opened["data/demo_1/obs/eye_in_hand_rgb"]
                 elif spoil == "no instruction":
                     del opened["data"].attrs["problem_info"]
+                elif spoil == "float pictures":
+                    del opened["data/demo_0/obs/agentview_rgb"]
+                    opened["data/demo_0/obs/agentview_rgb"] = episodes[0]["image"][:, 0] / 255
+    elif spoil == "two tasks":
+        path = tmp_path
+        for name, env_id in dict(a="PickCube-v1", b="StackCube-v1").items():
+            write_maniskill(path / f"{name}.h5", episodes, "rgb")
+            description = path / f"{name}.json"
+            description.write_text(description.read_text().replace("PickCube-v1", env_id))
+    elif spoil in ("damaged parquet", "damaged info", "damaged picture", "no places of videos", "fewer frames"):
+        path = tmp_path / "lerobot"
+        write_lerobot(path, episodes, *{"damaged picture": ("v2.1", "image"), "no places of videos": ("v3.0", "video")}.get(
+            spoil, ("v2.1", "video")))  # fmt: skip
+        file = path / "data/chunk-000/episode_000000.parquet"
+        if spoil == "damaged parquet":
+            file.write_bytes(file.read_bytes()[:100])
+        elif spoil == "damaged info":
+            (path / "meta/info.json").write_text("{")
+        elif spoil == "damaged picture":
+            content = file.read_bytes()
+            file.write_bytes(content.replace(b"\x89PNG", b"\x00\x00\x00\x00"))
+        elif spoil == "no places of videos":
+            shutil.rmtree(path / "meta/episodes")
+        else:
+            for key in ("front", "wrist"):
+                video = path / f"videos/chunk-000/observation.images.{key}/episode_000000.mp4"
+                iio.imwrite(video, episodes[0]["image"][:3, 0], fps=10, macro_block_size=1)
     elif spoil in ("a video is missing", "no action", "old version"):
         path = tmp_path / "lerobot"
         write_lerobot(path, episodes, "v2.1", "video")
