@@ -367,8 +367,8 @@ if __name__ == "__main__":
                         result, actions = results[label], played[label]["actions"]
                         told = [actions[i, : result.steps[i]] for i in numbers]
                         again = (venv, result.seeds[numbers], told, result.success[numbers])
-                        episodes = films.replay(*again, progress=f"video of {name}")
-                        replayed.append((text, report.rgb(labels.index(label)), episodes))
+                        tiles = films.replay(*again, progress=f"video of {name}")
+                        replayed.append((text, report.rgb(labels.index(label)), tiles))
                     films.write(film.path, venv.instruction, replayed)
                 shown.append(film)
             if venv:

@@ -385,7 +385,7 @@ def test_arguments_that_cannot_work_are_named_in_one_line(arguments, named):
 
 def test_a_missing_checkpoint_names_the_commands_that_make_it(tmp_path):
     assert "python algos/sft_pi0.py --env-id PokeCube-v1" in refusal("ppo_pi0", "--env-id", "PokeCube-v1", cwd=tmp_path)
-    assert "python algos/pretrain_pi05.py --env-id PickCube-v1" in refusal("ppo_pi05", "--env-id", "PickCube-v1", cwd=tmp_path)
+    assert "python algos/pretrain_pi05.py --env-id PokeCube-v1" in refusal("ppo_pi05", "--env-id", "PokeCube-v1", cwd=tmp_path)
 
 
 SHORT = (

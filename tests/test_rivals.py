@@ -360,7 +360,7 @@ def test_help_explains_every_option(name, monkeypatch, capsys):
 @EACH
 def test_a_missing_checkpoint_names_the_commands_that_make_it(name, tmp_path):
     assert "python algos/sft_pi0.py --env-id PokeCube-v1" in refusal(f"{name}_pi0", "--env-id", "PokeCube-v1", cwd=tmp_path)
-    assert "python algos/pretrain_pi05.py --env-id PickCube-v1" in refusal(f"{name}_pi05", "--env-id", "PickCube-v1", cwd=tmp_path)
+    assert "python algos/pretrain_pi05.py --env-id PokeCube-v1" in refusal(f"{name}_pi05", "--env-id", "PokeCube-v1", cwd=tmp_path)
 
 
 @EACH
