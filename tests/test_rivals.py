@@ -14,7 +14,7 @@ import pytest
 import test_main
 import torch
 from test_main import checkpoints, one_thread, only_run, refusal, run, same, scalars, weights  # noqa: F401
-from test_stepnft import Field, succeeded
+from test_stepnft import Field, prefix_and_state, succeeded
 from torch.distributions import Normal
 
 import envs
@@ -26,19 +26,6 @@ MODULES = dict(grpo=grpo_pi0, nft=nft_pi0, rft=rft_pi0)
 PI05 = dict(grpo=grpo_pi05, nft=nft_pi05, rft=rft_pi05)
 EACH = pytest.mark.parametrize("name", MODULES)
 SOLVER = dict(num_steps=K, noise_level=0.5)
-
-
-@pytest.fixture(scope="module")
-def policy() -> policies.Pi0:
-    torch.manual_seed(0)
-    policy = policies.Pi0(policies.Pi0Config.tiny(num_cameras=0)).eval()
-    torch.nn.init.normal_(policy.action_out_proj.weight, std=0.1)  # velocities of order one
-    return policy
-
-
-def prefix_and_state(policy: policies.Pi0, batch: int):
-    tokens = torch.randint(3, 448, (batch, policy.config.max_token_len))
-    return policy.encode_prefix(None, None, tokens, torch.ones_like(tokens)), torch.randn(batch, policy.config.state_dim)
 
 
 def executed(positions: int = 5, dims: int = 7) -> torch.Tensor:

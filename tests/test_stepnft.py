@@ -90,14 +90,6 @@ def test_the_noise_keeps_the_distribution_of_the_flow():
     assert x.std().item() == pytest.approx(scale, rel=0.05)
 
 
-@pytest.fixture(scope="module")
-def policy() -> policies.Pi0:
-    torch.manual_seed(0)
-    policy = policies.Pi0(policies.Pi0Config.tiny(num_cameras=0)).eval()
-    torch.nn.init.normal_(policy.action_out_proj.weight, std=0.1)  # velocities of order one
-    return policy
-
-
 def prefix_and_state(policy: policies.Pi0, batch: int):
     tokens = torch.randint(3, 448, (batch, policy.config.max_token_len))
     return policy.encode_prefix(None, None, tokens, torch.ones_like(tokens)), torch.randn(batch, policy.config.state_dim)
