@@ -435,7 +435,8 @@ def test_a_run_warms_its_critic_up_and_then_learns(straight, train):
     assert straight.name.startswith("ppo-PickCube-v1-state-1-") and not (straight / "rollout_policy").exists()
     logged = scalars(straight)
     assert logged["losses/grad_norm"][1] == 0 < logged["losses/value_grad_norm"][1]
-    assert logged["losses/grad_norm"][2] > 0 and list(logged["charts/learning_rate"].values()) == pytest.approx([0, ppo_pi0.Args.learning_rate])
+    assert list(logged["charts/learning_rate"].values()) == pytest.approx([0, ppo_pi0.Args.learning_rate])
+    assert logged["losses/grad_norm"][2] > 0
     for i in (1, 2):  # one minibatch per iteration, which is its first
         assert logged["losses/ratio_deviation"][i] < 1e-4 and logged["losses/clip_fraction"][i] == 0
         assert abs(logged["losses/policy"][i]) < 1e-4  # −mean A of normalised advantages
