@@ -43,7 +43,7 @@ def make(
         LIBERO or one of its tasks (`envs.libero`).
     num_envs: how many environments run side by side.
     obs_mode: "rgb" (camera images; the state holds proprioception and task extras such as the goal position) or "state"
-        (no images; the state also holds object poses).
+        (no images; the state also holds object poses; of LIBERO one task).
     seed: of the generator that draws episode seeds when `reset` is given none.
     chunk: actions per step in the action space; `step` takes any number up to the episode limit.
     num_workers: processes on the CPU back end (default: one per core, at most num_envs).
@@ -69,8 +69,8 @@ def make(
     except TypeError as error:
         raise EnvError(f"unknown environment option: {error}") from None
     check(env_id)
-    if in_libero and (backend == "cuda" or obs_mode != "rgb"):
-        raise EnvError(f"LIBERO takes backend 'cpu' (or 'auto') and obs_mode 'rgb', not {backend!r} and {obs_mode!r}")
+    if in_libero and backend == "cuda":
+        raise EnvError("LIBERO takes backend 'cpu' (or 'auto'), not 'cuda'")
     if backend == "cuda" or (backend == "auto" and not in_libero and maniskill.gpu_simulation()):
         from envs.maniskill_cuda import CudaVecEnv
 

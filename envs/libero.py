@@ -10,6 +10,9 @@ and 400 (90) steps.
 the first); smaller ones for states sampled from the task's own regions, so that training never sees what it is evaluated on.
 Furniture stands where one fixed seed puts it, always.
 
+**obs_mode "state"**, of one task: no pictures, and behind the 8 numbers of the robot 12 of each object that the task names as being of
+interest: its position (3) in m, the first two columns of its rotation matrix (6), its position relative to the gripper's (3).
+
 **Tasks.** Of a suite, environment i of B has task i · tasks // B: neighbours share a task, as episodes of a group must.
 """
 
@@ -77,6 +80,8 @@ class LiberoSpec(EnvSpec):
 
     def create(self, slot: int, num_envs: int) -> LiberoEnv:
         tasks = task_names(self.env_id)
+        if self.obs_mode == "state" and len(tasks) > 1:
+            raise EnvError(f"the tasks of {self.env_id} differ in the objects of their state: name one, as in {self.env_id}/0")
         if num_envs < len(tasks):
             raise EnvError(
                 f"{self.env_id} has {len(tasks)} tasks and needs as many environments at least, not {num_envs}; or name one task, "
@@ -192,8 +197,10 @@ class LiberoEnv:
         self._place_furniture()
         self.task = f"{suite}/{number}"
         self.instruction = self.wrapper.language_instruction if spec.language == "bddl" else instruction(suite, name)
-        self.action_dim, self.state_dim = self.base.action_dim, 8 if spec.orientation == "axis_angle" else 9
-        self.cameras = CAMERAS
+        self._named = [self.base.obj_body_id[n] for n in self.base.obj_of_interest] if spec.obs_mode == "state" else []
+        self.action_dim, self.robot_dim = self.base.action_dim, 8 if spec.orientation == "axis_angle" else 9
+        self.state_dim = self.robot_dim + 12 * len(self._named)
+        self.cameras = CAMERAS if spec.obs_mode == "rgb" else ()
         self.max_episode_steps = spec.max_episode_steps or limit(suite)
         self.steps, self.success = 0, False
 
@@ -256,17 +263,21 @@ class LiberoEnv:
         return 0.0
 
     def observe(self, image: np.ndarray, state: np.ndarray) -> None:
-        """Write the current observation into `image` uint8 (2, H, W, 3) and `state` float32 (8,)."""
+        """Write the current observation into `image` uint8 (cameras, H, W, 3) and `state` float32 (S,)."""
         from robosuite.utils import transform_utils
 
-        robot, size = self.base.robots[0], self.spec.image_size
+        robot, size, seen = self.base.robots[0], self.spec.image_size, self._seen
         hand = self.base.sim.model.body_name2id(robot.robot_model.eef_name)
-        quaternion = transform_utils.convert_quat(self._seen.xquat[hand], to="xyzw")
-        state[:3] = self._seen.site_xpos[robot.eef_site_id]
-        state[3:-2] = transform_utils.quat2axisangle(quaternion) if self.spec.orientation == "axis_angle" else quaternion
-        state[-2:] = self._seen.qpos[robot._ref_gripper_joint_pos_indexes]
-        for i, camera in enumerate(CAMERAS):
-            picture = self._picture(camera, self.spec.render_size or size, self._seen)
+        quaternion = transform_utils.convert_quat(seen.xquat[hand], to="xyzw")
+        own, objects = state[: self.robot_dim], state[self.robot_dim :].reshape(-1, 12)  # views
+        own[:3] = seen.site_xpos[robot.eef_site_id]
+        own[3:-2] = transform_utils.quat2axisangle(quaternion) if self.spec.orientation == "axis_angle" else quaternion
+        own[-2:] = seen.qpos[robot._ref_gripper_joint_pos_indexes]
+        for row, body in zip(objects, self._named):
+            row[:3], row[3:9] = seen.xpos[body], seen.xmat[body].reshape(3, 3)[:, :2].T.ravel()
+            row[9:] = row[:3] - own[:3]
+        for i, camera in enumerate(self.cameras):
+            picture = self._picture(camera, self.spec.render_size or size, seen)
             if len(picture) != size:
                 picture = np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BILINEAR))
             image[i] = picture[::-1, ::-1] if self.spec.rotate else picture

@@ -122,6 +122,23 @@ def check_against_libero(env, task: str) -> None:
     plain.env.close()
 
 
+def test_state_mode_tells_where_the_objects_are():
+    env, image = libero.LiberoSpec("libero_object/3", obs_mode="state").create(0, 1), np.zeros((0, SIZE, SIZE, 3), np.uint8)
+    assert env.cameras == () and env.base.obj_of_interest == ["bbq_sauce_1", "basket_1"]
+    states = np.zeros((2, env.state_dim), np.float32)
+    for seed, state in enumerate(states):
+        env.reset(seed)
+        env.step(np.float32([[0.5, 0.5, -0.5, 0, 0, 0, -1]] * 4))
+        env.observe(image, state)
+        data = env.base.sim.data
+        for name, row in zip(env.base.obj_of_interest, state[8:].reshape(-1, 12)):
+            body = env.base.obj_body_id[name]
+            np.testing.assert_allclose(row[:3], data.body_xpos[body], atol=1e-3)  # they are at rest
+            np.testing.assert_allclose(row[3:9], data.body_xmat[body].reshape(3, 3)[:, :2].T.ravel(), atol=1e-2)
+            np.testing.assert_allclose(row[9:], row[:3] - state[:3], atol=1e-6)
+    assert abs(states[0, 8:10] - states[1, 8:10]).max() > 0.01  # the object starts elsewhere
+
+
 def test_states_and_pictures_are_those_of_libero_after_a_hard_reset(env):
     check_against_libero(env, TASK)
 
@@ -337,7 +354,7 @@ def test_suites_are_chosen_by_name():
         ("libero_object/10", {}, "libero_object has the tasks 0 to 9"),
         ("libero_object/", {}, "has the tasks 0 to 9"),
         ("libero_object", dict(num_envs=4), "has 10 tasks and needs as many environments at least, not 4"),
-        ("libero_object/0", dict(obs_mode="state"), "obs_mode 'rgb', not 'auto' and 'state'"),
+        ("libero_object", dict(obs_mode="state", num_envs=10), "name one, as in libero_object/0"),
         ("libero_object/0", dict(backend="cuda"), "backend 'cpu'"),
         ("libero_object/0", dict(rotated=True), "unknown environment option"),
         ("libero_object/0", dict(gripper_close=0), "gripper_close must be one of 1, -1, got 0"),
