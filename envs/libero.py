@@ -10,7 +10,7 @@ and 400 (90) steps.
 the first); smaller ones for states sampled from the task's own regions, so that training never sees what it is evaluated on.
 Furniture stands where one fixed seed puts it, always.
 
-**obs_mode "state"**, of one task: no pictures, and behind the 8 numbers of the robot 12 of each object that the task names as being of
+**obs_mode "state"**, of one task: no pictures, and behind the robot's 8 numbers 12 of each object that the task names as being of
 interest: its position (3) in m, the first two columns of its rotation matrix (6), its position relative to the gripper's (3).
 
 **Tasks.** Of a suite, environment i of B has task i · tasks // B: neighbours share a task, as episodes of a group must.
