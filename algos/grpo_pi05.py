@@ -60,7 +60,7 @@ class Args:
     """steps after which a training episode counts as failed; 0: the task's own limit, as in evaluations"""
     num_steps: int = 4
     """solver steps K (authors: 4)"""
-    noise_level: float = 0.5
+    noise_level: float = 1.0
     """a of σ_t = a·sqrt(t / (1 − t)), the exploration noise on the one noisy solver step of a chunk (authors: 0.5)"""
     group_size: int = 16
     """episodes from one initial state (authors: 8), which are compared with each other"""
@@ -70,7 +70,7 @@ class Args:
     """passes over each iteration's chunks (authors: 4)"""
     num_minibatches: int = 8
     """minibatches per epoch: few and large, as Adam's full-size steps amplify gradient noise"""
-    learning_rate: float = 1e-4
+    learning_rate: float = 3e-5
     """Adam's (authors: 5e-6, at 3 B parameters)"""
     warmup_iterations: int = 5
     """iterations of linear learning-rate warm-up"""

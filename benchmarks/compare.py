@@ -73,7 +73,7 @@ ABLATIONS = {
 TRIALS = {
     "stepnft": ["", "--learning-rate 3e-5", "--update-epochs 4 --learning-rate 3e-5", "--noise-level 0.4"],
     "ppo": ["", "--learning-rate 1e-5 --noise-level 0.5", "--noise-level 0.5", "--noise-level 0.5 --no-bootstrap"],
-    "grpo": ["", "--learning-rate 3e-5", "--learning-rate 3e-5 --noise-level 1.0", "--learning-rate 1e-4 --noise-level 1.0"],
+    "grpo": ["", "--learning-rate 1e-4 --noise-level 0.5", "--noise-level 0.5", "--learning-rate 1e-4"],
     "nft": ["", "--learning-rate 3e-5", "--labels binary", "--beta 0.1"],
     "rft": ["", "--learning-rate 3e-5", "--noise-level 0.5", "--contrast --group-size 4"],
 }
