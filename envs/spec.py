@@ -28,7 +28,7 @@ class EnvSpec:
     mesh_keep: float = 0.06
     """Share of the robot's visual triangles that software rendering keeps (1: all)."""
     fast_control: bool = True
-    """Use the NumPy controller where it reproduces ManiSkill's."""
+    """Use the NumPy controller where it reproduces the simulator's own."""
     video_size: int = 256
     kwargs: dict = field(default_factory=dict)
     """More keyword arguments for the simulator's own constructor."""

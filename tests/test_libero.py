@@ -143,6 +143,19 @@ def test_states_and_pictures_are_those_of_libero_after_a_hard_reset(env):
     check_against_libero(env, TASK)
 
 
+def test_the_numpy_controller_moves_everything_as_robosuites_does(env, monkeypatch):
+    actions = random_actions(2, 24)
+    actions[:, 2], actions[8:12, 3:6], actions[12:, 6] = -0.7, 0, 1  # down to the table, some steps without turning, fingers closed
+    assert env._act.__func__.__qualname__ == "Stepper.step"
+    states = []
+    for act in (env._act, lambda action: bool(env.base.step(action)[2])):
+        monkeypatch.setattr(env, "_act", act)
+        env.reset(EVAL_SEED + 1)
+        env.step(actions)
+        states.append(np.concatenate([joints(env), env.base.sim.data.qvel]))
+    np.testing.assert_allclose(states[0], states[1], atol=1e-9)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["libero_object/0", "libero_spatial/4", "libero_10/3", "libero_90/20", "libero_goal_swap/7"])
 def test_states_and_pictures_are_those_of_libero_in_other_suites(task):
