@@ -221,9 +221,11 @@ class LiberoEnv:
         with quiet():
             self.wrapper.reset()
         base.object_property_initializers = initializers
+        self._furniture = []
         for name, fixture in base.fixtures_dict.items():
             if sampler := base.placement_initializer.samplers.get(f"{name}_sampler"):
                 body = base.obj_body_id[name]
+                self._furniture.append(body)
                 place = base.sim.model.body_pos[body].copy(), base.sim.model.body_quat[body].copy(), fixture
                 sampler.sample = lambda *_, placed={name: place}, **__: placed
 
@@ -234,6 +236,9 @@ class LiberoEnv:
         gripper = self.base.robots[0].gripper
         gripper.current_action = np.zeros(gripper.dof)  # how far it has been told to close, which robosuite keeps otherwise
         np.random.seed(seed % 2**32)
+        if not fixed:
+            # LIBERO draws what stands on furniture relative to it, and takes it for where a new model has it until then.
+            self.base.sim.model.body_pos[self._furniture], self.base.sim.model.body_quat[self._furniture] = 0.0, (1.0, 0.0, 0.0, 0.0)
         with quiet():
             self.wrapper.reset()
         if fixed:

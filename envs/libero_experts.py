@@ -27,6 +27,7 @@ OPENING = 0.038  # from the centre to an open finger's pad
 FINGER = np.array([0.062, 0.013])  # what two open fingers cover, x and y
 PALM = np.array([0.105, 0.033])  # what the hand covers
 PALM_UP, TIP_DOWN = 0.031, 0.0045  # from the site up to the palm, and down to the finger tips
+DEPTH = 0.016  # from the top of a thing down to the site: the pads, 0.012 high, are on it, and it hangs as low as it can
 MARGIN = 0.012  # air to keep from other things
 
 
@@ -114,7 +115,7 @@ class PickAndPlace:
 
     def _around(self, corners: np.ndarray, bottom: float, top: float) -> list[tuple[np.ndarray, np.ndarray, float]]:
         """Grasps about the middle of what fits between the fingers: (point, closing direction, width)."""
-        height = max(top - 0.8 * PALM_UP, bottom + min(0.5 * (top - bottom), 0.02))
+        height = max(top - DEPTH, bottom + min(0.5 * (top - bottom), 0.02))
         at = (corners[..., 2].min(1) < height + TIP_DOWN) & (corners[..., 2].max(1) > height - 2 * TIP_DOWN)
         slab = corners[at].reshape(-1, 3)
         found = []
@@ -136,7 +137,7 @@ class PickAndPlace:
         found = []
         for angle in np.arange(24) * np.pi / 12:
             closing = np.array([np.cos(angle), np.sin(angle), 0])
-            found.append((np.array([*centre[:2], top - 0.015]) + radius * closing, closing, 0.004))
+            found.append((np.array([*centre[:2], top - DEPTH]) + radius * closing, closing, 0.004))
         return found
 
     def _clearance(self, point: np.ndarray, closing: np.ndarray, obstacles: np.ndarray) -> float:
@@ -190,7 +191,7 @@ class PickAndPlace:
         wide = self.gap > self.grasp.width + 0.015
         near = 0.05 if wide or self.opening > 0.02 else 0.03 if self.into else 0.015
         if away < near and self.tcp[2] < goal[2] + 0.01:
-            return self.tcp + [0, 0, 0.05 if self.gap > 0.07 else 0.0], OPEN
+            return self.tcp, OPEN  # without rising: light things fall slowly, and would stick to a finger
         offset = point - self.tcp
         closing = self.gap < 0.07
         near, deep = (0.02, 0.02) if closing else (0.006, 0.008)
