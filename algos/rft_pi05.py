@@ -60,7 +60,7 @@ class Args:
     """steps after which a training episode counts as failed; 0: the task's own limit, as in evaluations"""
     num_steps: int = 4
     """solver steps K (πRL, StepNFT: 4)"""
-    noise_level: float = 0.3
+    noise_level: float = 0.5
     """a of σ_t = a·sqrt(t / (1 − t)), exploration noise on every solver step; with 0, the ODE, what barely succeeds is cloned as if
     it had a margin (docs/rft.md)"""
     group_size: int = 1
