@@ -263,6 +263,10 @@ def available() -> list[str]:
 
 def make(env_id: str) -> type[Expert]:
     """The expert class for `env_id`, a task or a variant of one; ValueError for an environment without one."""
+    if env_id.startswith("libero"):
+        from envs import libero_experts
+
+        return libero_experts.make(env_id)
     task = ood.task_of(env_id)
     if task not in EXPERTS:
         raise ValueError(f"no expert for {env_id!r}: choose one of {', '.join(EXPERTS)}")
