@@ -27,6 +27,8 @@ OPENING = 0.038  # from the centre to an open finger's pad
 FINGER = np.array([0.062, 0.013])  # what two open fingers cover, x and y
 PALM = np.array([0.105, 0.033])  # what the hand covers
 PALM_UP, TIP_DOWN = 0.031, 0.0045  # from the site up to the palm, and down to the finger tips
+# The arm, whose hand points down (Franka's Denavit-Hartenberg parameters): stretched beyond 0.719 it comes back on another branch.
+SHOULDER, WRIST_UP, WRIST_BACK, REACH = 0.333, 0.207, 0.088, 0.70
 DEPTH = 0.016  # from the top of a thing down to the site: the pads, 0.012 high, are on it, and it hangs as low as it can
 MARGIN = 0.012  # air to keep from other things
 
@@ -54,6 +56,7 @@ class PickAndPlace:
             raise ValueError(f"the expert puts one thing into or onto another, and the task is {base.parsed_problem['goal_state']}")
         self.into = predicate == "in"
         self.thing = base.obj_body_id[thing]
+        self.shoulder = base.sim.data.get_body_xpos("robot0_base") + [0, 0, SHOULDER]
         self.place = base.obj_body_id[place.removesuffix("_contain_region")]
 
     # -------------------------------------------------------------------------------------------------------- what there is
@@ -108,7 +111,8 @@ class PickAndPlace:
         for point, closing, width in candidates:
             turn = np.arccos(np.clip(abs(closing @ self.frame[:, 0]), 0, 1))
             clear = self._clearance(point, closing, obstacles)
-            costs.append(100 * max(0.0, MARGIN - clear) + turn + 20 * width)
+            stretch = max(self._stretch(point), self._stretch(point + self.data.xpos[self.place] - self.data.xpos[self.thing]))
+            costs.append(100 * max(0.0, MARGIN - clear) + 50 * max(0.0, stretch - REACH + 0.03) + turn + 20 * width)
         point, closing, width = candidates[int(np.argmin(costs))]
         frame = self.data.xmat[self.thing].reshape(3, 3)
         return Grasp(frame.T @ (point - self.data.xpos[self.thing]), frame.T @ closing, width)
@@ -130,14 +134,20 @@ class PickAndPlace:
         return found
 
     def _at_the_rim(self, points: np.ndarray, top: float) -> list[tuple[np.ndarray, np.ndarray, float]]:
-        """Grasps of a bowl's rim, all around."""
-        rim = points[points[:, 2] > top - 0.01]
+        """Grasps of a bowl's rim, all around, or where it is high if the bowl is tilted."""
+        frame, origin = self.data.xmat[self.thing].reshape(3, 3), self.data.xpos[self.thing]
+        local = (points - origin) @ frame
+        rim = local[local[:, 2] > local[:, 2].max() - 0.01]
         centre = 0.5 * (rim.min(0) + rim.max(0))
         radius = np.linalg.norm((rim - centre)[:, :2], axis=1).mean()
+        angles = np.arange(24) * np.pi / 12
+        outward = np.stack([np.cos(angles), np.sin(angles), 0 * angles], 1) @ frame.T
         found = []
-        for angle in np.arange(24) * np.pi / 12:
-            closing = np.array([np.cos(angle), np.sin(angle), 0])
-            found.append((np.array([*centre[:2], top - DEPTH]) + radius * closing, closing, 0.004))
+        for out in outward:
+            point = origin + frame @ centre + radius * out
+            if point[2] > top - 0.02:
+                closing = out * [1, 1, 0]
+                found.append((point - [0, 0, DEPTH - 0.005], closing / np.linalg.norm(closing), 0.004))
         return found
 
     def _clearance(self, point: np.ndarray, closing: np.ndarray, obstacles: np.ndarray) -> float:
@@ -152,6 +162,14 @@ class PickAndPlace:
                 clear = min(clear, distance.min())
         return clear
 
+    def _arm(self, point: np.ndarray) -> np.ndarray:
+        """From the shoulder to the wrist (3,) where the site is at `point`."""
+        out = point - self.shoulder
+        return out + [0, 0, WRIST_UP] - WRIST_BACK * out * [1, 1, 0] / np.linalg.norm(out[:2])
+
+    def _stretch(self, point: np.ndarray) -> float:
+        return float(np.linalg.norm(self._arm(point)))
+
     # ------------------------------------------------------------------------------------------------------------- acting
 
     def act(self) -> np.ndarray:
@@ -160,11 +178,13 @@ class PickAndPlace:
         point, grip = self.waypoint()
         action = np.empty(7, np.float32)
         step = (point - self.tcp) / COMMAND
-        action[:3] = step / max(1.0, np.abs(step).max())  # saturated along the line, so that the path is straight
+        step /= max(1.0, np.abs(step).max())  # saturated along the line, so that the path is straight
+        arm = self._arm(self.tcp + COMMAND * step)
+        action[:3] = step - max(0.0, 1 - REACH / np.linalg.norm(arm)) * arm / COMMAND  # no further than the arm reaches
         turn = self._turn() / TURN
         action[3:6] = turn / max(1.0, np.abs(turn).max())
         action[6] = grip
-        return action
+        return np.clip(action, -1, 1)
 
     def _turn(self) -> np.ndarray:
         """Axis times angle (3,) that makes the hand point down with the fingers closing along the grasp's direction."""
