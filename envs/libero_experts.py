@@ -28,7 +28,7 @@ FINGER = np.array([0.062, 0.013])  # what two open fingers cover, x and y
 PALM = np.array([0.105, 0.033])  # what the hand covers
 PALM_UP, TIP_DOWN = 0.031, 0.0045  # from the site up to the palm, and down to the finger tips
 # The arm, whose hand points down (Franka's Denavit-Hartenberg parameters): stretched beyond 0.719 it comes back on another branch.
-SHOULDER, WRIST_UP, WRIST_BACK, REACH = 0.333, 0.207, 0.088, 0.70
+SHOULDER, WRIST_UP, WRIST_BACK, REACH = 0.333, 0.207, 0.088, 0.68
 DEPTH = 0.016  # from the top of a thing down to the site: the pads, 0.012 high, are on it, and it hangs as low as it can
 MARGIN = 0.012  # air to keep from other things
 
@@ -112,7 +112,7 @@ class PickAndPlace:
             turn = np.arccos(np.clip(abs(closing @ self.frame[:, 0]), 0, 1))
             clear = self._clearance(point, closing, obstacles)
             stretch = max(self._stretch(point), self._stretch(point + self.data.xpos[self.place] - self.data.xpos[self.thing]))
-            costs.append(100 * max(0.0, MARGIN - clear) + 50 * max(0.0, stretch - REACH + 0.03) + turn + 20 * width)
+            costs.append(100 * max(0.0, MARGIN - clear) + 50 * max(0.0, stretch - REACH + 0.02) + turn + 20 * width)
         point, closing, width = candidates[int(np.argmin(costs))]
         frame = self.data.xmat[self.thing].reshape(3, 3)
         return Grasp(frame.T @ (point - self.data.xpos[self.thing]), frame.T @ closing, width)
@@ -147,7 +147,7 @@ class PickAndPlace:
             point = origin + frame @ centre + radius * out
             if point[2] > top - 0.02:
                 closing = out * [1, 1, 0]
-                found.append((point - [0, 0, DEPTH - 0.005], closing / np.linalg.norm(closing), 0.004))
+                found.append((point - [0, 0, DEPTH], closing / np.linalg.norm(closing), 0.004))
         return found
 
     def _clearance(self, point: np.ndarray, closing: np.ndarray, obstacles: np.ndarray) -> float:
