@@ -62,7 +62,7 @@ class Demos:
 
 
 def demonstrate(env, seed: int, noise: float) -> dict | None:
-    """One episode of the scripted expert in `env` (a ManiSkillEnv); None if it fails.
+    """One episode of the scripted expert in `env` (a ManiSkillEnv or LiberoEnv); None if it fails.
 
     `noise` is the standard deviation of Gaussian noise on the executed translation, relative to that translation: large on the
     way, none at rest, where a task may ask the robot to be still. The recorded action is the clean one, so the policy sees states
@@ -84,6 +84,7 @@ def demonstrate(env, seed: int, noise: float) -> dict | None:
     while not (env.success or truncated):
         env.observe(image, state)
         action = np.clip(expert.act(), -1, 1)
+        action[-1] *= getattr(env.spec, "gripper_close", 1)  # the convention of LIBERO's actions is an option
         for name, value in zip(ARRAYS, (image, state, action, env.object_positions()), strict=True):
             rows[name].append(np.array(value))
         executed = action.copy()

@@ -281,6 +281,10 @@ class LiberoEnv:
                 picture = np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BILINEAR))
             image[i] = picture[::-1, ::-1] if self.spec.rotate else picture
 
+    def object_positions(self) -> np.ndarray:
+        """Where the movable objects are now (objects, 3) float32, m, in the order of the task's description."""
+        return self.base.sim.data.body_xpos[[self.base.obj_body_id[name] for name in self.base.objects_dict]].astype(np.float32)
+
     def render(self) -> np.ndarray:
         """A picture for people (H, W, 3) uint8: agentview, the right way up, as it is now."""
         return self._picture("agentview", self.spec.video_size, self.base.sim.data._data)[::-1]
