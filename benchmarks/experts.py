@@ -1,4 +1,4 @@
-"""Success of the scripted experts without noise, over the same seeds for every task.
+"""Success of the scripted experts, over the same seeds for every task.
 
     python benchmarks/experts.py                                    # ManiSkill
     python benchmarks/experts.py --suites libero_object libero_spatial --episodes 20
@@ -34,21 +34,26 @@ class Args:
     """episodes per task, with seeds seed, seed + 1, …"""
     seed: int = envs.EVAL_SEED
     """first seed"""
+    noise: float = 0.0
+    """on the executed translation, as --demo-noise of algos/sft_pi0.py"""
     suites: tuple[str, ...] = ()
     """LIBERO suites whose tasks are run, or single tasks; none: ManiSkill's tasks"""
     num_workers: int = os.cpu_count() or 1
     """processes"""
+    out: Path | None = None
+    """where the JSON file goes; default: benchmarks/results"""
 
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     tasks = [f"{suite}/{number}" for name in args.suites for suite, number, _ in libero.task_names(name)] or experts.available()
-    options = dict(image_size=8) if args.suites else dict(obs_mode="state")  # no picture is looked at
+    options = dict(image_size=8) if args.suites else dict(obs_mode="state")
+    out = args.out or OUT / ("libero_experts.json" if args.suites else "experts.json")
     results = {}
     print("| task | instruction | successes | 95 % interval | steps, median (most) |\n|---|---|---|---|---|")
     for env_id in tasks:
         venv = envs.make(env_id, args.num_workers, num_workers=args.num_workers, **options)
-        jobs = [dict(seed=args.seed + i, noise=0.0) for i in range(args.episodes)]
+        jobs = [dict(seed=args.seed + i, noise=args.noise, observe=False) for i in range(args.episodes)]
         episodes = list(tqdm(venv.demonstrate(jobs), total=len(jobs), desc=env_id, leave=False))
         venv.close()
         steps = [len(episode["action"]) for episode in episodes if episode]
@@ -60,4 +65,4 @@ if __name__ == "__main__":
         )  # fmt: skip
         shown = f"{np.median(steps):.0f} ({max(steps)})" if steps else "–"
         print(f"| {env_id} | {venv.instruction} | {len(steps)} of {args.episodes} | [{low:.0f}, {high:.0f}] % | {shown} |", flush=True)
-        (OUT / ("libero_experts.json" if args.suites else "experts.json")).write_text(json.dumps(results, indent=2) + "\n")
+        out.write_text(json.dumps(results, indent=2) + "\n")
