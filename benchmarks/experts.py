@@ -59,10 +59,11 @@ if __name__ == "__main__":
         steps = [len(episode["action"]) for episode in episodes if episode]
         failed = [job["seed"] for job, episode in zip(jobs, episodes) if not episode]
         low, high = (100 * bound for bound in wilson(len(steps), args.episodes))
+        shown = f"{np.median(steps):.0f} ({max(steps)})" if steps else "–"
         results[env_id] = dict(
             instruction=venv.instruction, successes=len(steps), episodes=args.episodes, seed=args.seed, failed_seeds=failed,
             median_steps=float(np.median(steps)) if steps else None, most_steps=max(steps, default=None),
         )  # fmt: skip
-        shown = f"{np.median(steps):.0f} ({max(steps)})" if steps else "–"
-        print(f"| {env_id} | {venv.instruction} | {len(steps)} of {args.episodes} | [{low:.0f}, {high:.0f}] % | {shown} |", flush=True)
+        cells = env_id, venv.instruction, f"{len(steps)} of {args.episodes}", f"[{low:.0f}, {high:.0f}] %", shown
+        print(f"| {' | '.join(cells)} |", flush=True)
         out.write_text(json.dumps(results, indent=2) + "\n")

@@ -231,7 +231,8 @@ class LiberoEnv:
         np.random.seed(seed % 2**32)
         if not fixed:
             # LIBERO draws what stands on furniture relative to it, and takes it for where a new model has it until then.
-            self.base.sim.model.body_pos[self._furniture], self.base.sim.model.body_quat[self._furniture] = 0.0, (1.0, 0.0, 0.0, 0.0)
+            model = self.base.sim.model
+            model.body_pos[self._furniture], model.body_quat[self._furniture] = 0.0, (1.0, 0.0, 0.0, 0.0)
         with quiet():
             self.wrapper.reset()
         if fixed:

@@ -227,10 +227,11 @@ def test_seeds_stand_for_initial_states_and_the_furniture_stays(env):
 
 def test_sampled_objects_stand_where_the_task_has_them():
     env = libero.LiberoSpec("libero_spatial/7", image_size=SIZE).create(0, 1)  # a bowl on the stove, another on the cabinet
+    places = {"akita_black_bowl_1": "flat_stove_1_cook_region", "akita_black_bowl_2": "wooden_cabinet_1_top_side"}
     for seed in (1, 2):
         env.reset(seed)
         aside = []
-        for bowl, region in (("akita_black_bowl_1", "flat_stove_1_cook_region"), ("akita_black_bowl_2", "wooden_cabinet_1_top_side")):
+        for bowl, region in places.items():
             assert ["on", bowl, region] in env.base.parsed_problem["initial_state"]
             data = env.base.sim.data
             aside.append(data.get_site_xpos(region) - data.body_xpos[env.base.obj_body_id[bowl]])
