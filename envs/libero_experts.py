@@ -25,13 +25,13 @@ COMMAND, TURN = 0.05, 0.5  # m and rad that one unit of action commands (robosui
 OPEN, CLOSE = -1.0, 1.0
 # The gripper, in the frame of its site (x: the fingers close, z: down), measured in robosuite's model:
 OPENING = 0.038  # from the site to an open finger's pad
-FINGERS = np.array([0.062, 0.013])  # half of what the open fingers cover along x and y
-PALM = np.array([0.105, 0.033])  # the same of the hand
-PALM_UP, TIP_DOWN = 0.031, 0.0045  # from the site up to the palm, and down to the finger tips
+TIPS, FINGERS, PALM = np.array([0.057, 0.011]), np.array([0.065, 0.011]), np.array([0.105, 0.033])  # half of what they cover, x and y
+TIP_DOWN, FINGERS_UP, PALM_UP = 0.009, 0.006, 0.031  # from the site down to the tips, up to where the fingers are wider, to the palm
 # The arm, with the hand pointing down (Franka's Denavit-Hartenberg parameters): at 0.719 m from shoulder to wrist it is stretched,
 # where it gets stuck or bends the other way.
 SHOULDER, WRIST_UP, WRIST_BACK, REACH = 0.333, 0.207, 0.088, 0.68
 DEPTH = 0.016  # from the top of a thing down to the site: the pads, 0.012 high, are on it, and it hangs as low as it can
+INSIDE = 0.015  # from a rim to where the hand goes down
 MARGIN = 0.012  # air between the open hand and other things
 HELD = 0.07  # an open hand's fingers are further apart
 
@@ -97,9 +97,9 @@ class PickAndPlace:
         local = points * self.model.geom_size[boxes][:, None]
         return self.data.geom_xpos[boxes][:, None] + local @ self.data.geom_xmat[boxes].reshape(-1, 3, 3).swapaxes(1, 2)
 
-    def _obstacles(self) -> np.ndarray:
-        """Points (n, 3) on all that is neither the robot nor the thing itself nor a table."""
-        return self._lattice(self.others, 5).reshape(-1, 3)
+    def _obstacles(self, n: int) -> np.ndarray:
+        """Points (boxes · n³, 3) on all that is neither the robot nor the thing itself nor a table."""
+        return self._lattice(self.others, n).reshape(-1, 3)
 
     def _arm(self, point: np.ndarray) -> np.ndarray:
         """From the shoulder to the wrist (3,) when the site is at `point`."""
@@ -109,7 +109,8 @@ class PickAndPlace:
     # --------------------------------------------------------------------------------------------------- how to take hold
 
     def _choose(self) -> Grasp:
-        corners, obstacles = self._lattice(self.boxes[self.thing], 2), self._obstacles()
+        corners, obstacles = self._lattice(self.boxes[self.thing], 2), self._obstacles(12)  # closer than the fingers are wide
+        obstacles = obstacles[np.linalg.norm((obstacles - self.thing_at)[:, :2], axis=1) < 0.2]
         candidates = self._around(corners) or self._at_the_rim(corners.reshape(-1, 3))
         costs = []
         for point, closing, width in candidates:
@@ -125,7 +126,7 @@ class PickAndPlace:
         """Grasps about the middle of what fits between the fingers: (point, closing direction, width)."""
         low, high = corners[..., 2].min(1), corners[..., 2].max(1)
         height = max(high.max() - DEPTH, low.min() + min(0.5 * (high.max() - low.min()), 0.02))
-        slab = corners[(low < height + TIP_DOWN) & (high > height - 2 * TIP_DOWN)].reshape(-1, 3)
+        slab = corners[(low < height + 0.012) & (high > height - 0.004)].reshape(-1, 3)
         found = []
         for angle in np.arange(12) * np.pi / 12:
             closing = np.array([np.cos(angle), np.sin(angle), 0])
@@ -146,14 +147,15 @@ class PickAndPlace:
         outward = np.stack([np.cos(angles), np.sin(angles), 0 * angles], 1) @ self.frame.T
         points = self.thing_at + self.frame @ centre + radius * outward
         high = points[:, 2] > corners[:, 2].max() - 0.02
-        return [(point - [0, 0, DEPTH], flat(out), 0.004) for point, out in zip(points[high], outward[high])]
+        # Somewhat inside, since there is more room than outside: the outer finger will pull the rim to the middle.
+        return [(point - INSIDE * flat(out) - [0, 0, DEPTH], flat(out), 0.004) for point, out in zip(points[high], outward[high])]
 
     def _clearance(self, point: np.ndarray, closing: np.ndarray, obstacles: np.ndarray) -> float:
         """Horizontal distance from the open hand, on its way straight down to `point`, to the nearest obstacle; 0.1 at most."""
         offset = obstacles - point
         beside = np.abs(np.stack([offset @ closing, offset[:, 1] * closing[0] - offset[:, 0] * closing[1]], 1))
         clear = 0.1
-        for size, height in ((FINGERS, -TIP_DOWN), (PALM, PALM_UP)):
+        for size, height in ((TIPS, -TIP_DOWN), (FINGERS, FINGERS_UP), (PALM, PALM_UP)):
             outside = beside[offset[:, 2] > height - 0.005] - size
             distance = np.linalg.norm(np.maximum(outside, 0), axis=1) + np.minimum(outside.max(1, initial=-np.inf), 0)
             clear = min(clear, distance.min(initial=clear))
@@ -196,7 +198,7 @@ class PickAndPlace:
         point = self.thing_at + self.frame @ self.grasp.point
         beside, above = np.linalg.norm((point - self.tcp)[:2]), abs(point[2] - self.tcp[2])
         if self.gap < HELD:  # wider bounds once the fingers close, or noise at the bounds would open them again
-            ready = max(beside, above) < 0.02
+            ready = beside < 0.03 and above < 0.02
         else:
             ready = beside < 0.006 and above < 0.008 and np.linalg.norm(self._turn()) < 0.1
         if not ready:
@@ -212,7 +214,7 @@ class PickAndPlace:
         """
         away = (point - self.tcp)[:2]
         distance = np.linalg.norm(away)
-        obstacles = self._obstacles()
+        obstacles = self._obstacles(5)
         offset = (obstacles - self.tcp)[:, :2]
         along = np.clip(offset @ away / max(distance, 1e-6) ** 2, 0, 1)
         beside = np.linalg.norm(offset - along[:, None] * away, axis=1)
