@@ -1,6 +1,10 @@
-"""Success of the scripted experts without noise, over the same seeds for every task: python benchmarks/experts.py
+"""Success of the scripted experts, over the same seeds for every task.
 
-Prints a Markdown table and writes benchmarks/results/experts.json.
+    python benchmarks/experts.py                                    # ManiSkill
+    python benchmarks/experts.py --suites libero_object libero_spatial --episodes 20
+
+Prints a Markdown table and writes benchmarks/results/experts.json, or libero_experts.json with --suites. LIBERO's seeds from
+envs.EVAL_SEED on are the fixed initial states of a task.
 """
 
 from __future__ import annotations
@@ -18,10 +22,10 @@ import tyro
 from tqdm import tqdm
 
 import envs
+from envs import experts, libero
 from envs.evaluation import wilson
-from envs.experts import EXPERTS
 
-OUT = Path(__file__).parent / "results" / "experts.json"
+OUT = Path(__file__).parent / "results"
 
 
 @dataclass
@@ -30,19 +34,36 @@ class Args:
     """episodes per task, with seeds seed, seed + 1, …"""
     seed: int = envs.EVAL_SEED
     """first seed"""
+    noise: float = 0.0
+    """on the executed translation, as --demo-noise of algos/sft_pi0.py"""
+    suites: tuple[str, ...] = ()
+    """LIBERO suites whose tasks are run, or single tasks; none: ManiSkill's tasks"""
+    num_workers: int = os.cpu_count() or 1
+    """processes"""
+    out: Path | None = None
+    """where the JSON file goes; default: benchmarks/results"""
 
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
+    tasks = [f"{suite}/{number}" for name in args.suites for suite, number, _ in libero.task_names(name)] or experts.available()
+    options = dict(image_size=8) if args.suites else dict(obs_mode="state")
+    out = args.out or OUT / ("libero_experts.json" if args.suites else "experts.json")
     results = {}
-    print("| task | successes | 95 % interval | median steps |\n|---|---|---|---|")
-    for env_id in EXPERTS:
-        venv = envs.make(env_id, os.cpu_count() or 1, obs_mode="state")
-        jobs = [dict(seed=args.seed + i, noise=0.0) for i in range(args.episodes)]
+    print("| task | instruction | successes | 95 % interval | steps, median (most) |\n|---|---|---|---|---|")
+    for env_id in tasks:
+        venv = envs.make(env_id, args.num_workers, num_workers=args.num_workers, **options)
+        jobs = [dict(seed=args.seed + i, noise=args.noise, observe=False) for i in range(args.episodes)]
         episodes = list(tqdm(venv.demonstrate(jobs), total=len(jobs), desc=env_id, leave=False))
         venv.close()
         steps = [len(episode["action"]) for episode in episodes if episode]
+        failed = [job["seed"] for job, episode in zip(jobs, episodes) if not episode]
         low, high = (100 * bound for bound in wilson(len(steps), args.episodes))
-        results[env_id] = dict(successes=len(steps), episodes=args.episodes, seed=args.seed, median_steps=float(np.median(steps)))
-        print(f"| {env_id} | {len(steps)} of {args.episodes} | [{low:.0f}, {high:.0f}] % | {np.median(steps):.0f} |", flush=True)
-    OUT.write_text(json.dumps(results, indent=2))
+        shown = f"{np.median(steps):.0f} ({max(steps)})" if steps else "–"
+        results[env_id] = dict(
+            instruction=venv.instruction, successes=len(steps), episodes=args.episodes, seed=args.seed, failed_seeds=failed,
+            median_steps=float(np.median(steps)) if steps else None, most_steps=max(steps, default=None),
+        )  # fmt: skip
+        cells = env_id, venv.instruction, f"{len(steps)} of {args.episodes}", f"[{low:.0f}, {high:.0f}] %", shown
+        print(f"| {' | '.join(cells)} |", flush=True)
+        out.write_text(json.dumps(results, indent=2) + "\n")

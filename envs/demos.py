@@ -61,12 +61,13 @@ class Demos:
         return chunks
 
 
-def demonstrate(env, seed: int, noise: float) -> dict | None:
-    """One episode of the scripted expert in `env` (a ManiSkillEnv); None if it fails.
+def demonstrate(env, seed: int, noise: float, observe: bool = True) -> dict | None:
+    """One episode of the scripted expert in `env` (a ManiSkillEnv or LiberoEnv); None if it fails.
 
     `noise` is the standard deviation of Gaussian noise on the executed translation, relative to that translation: large on the
     way, none at rest, where a task may ask the robot to be still. The recorded action is the clean one, so the policy sees states
-    off the expert's path together with the way back.
+    off the expert's path together with the way back. Without `observe`, pictures and states are left black and zero, which saves
+    most of the time where only success counts.
     """
     from envs import experts
 
@@ -82,8 +83,10 @@ def demonstrate(env, seed: int, noise: float) -> dict | None:
     rows: dict[str, list] = {name: [] for name in ARRAYS}
     truncated = False
     while not (env.success or truncated):
-        env.observe(image, state)
+        if observe:
+            env.observe(image, state)
         action = np.clip(expert.act(), -1, 1)
+        action[-1] *= getattr(env.spec, "gripper_close", 1)  # the convention of LIBERO's actions is an option
         for name, value in zip(ARRAYS, (image, state, action, env.object_positions()), strict=True):
             rows[name].append(np.array(value))
         executed = action.copy()

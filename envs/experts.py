@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from envs import ood
+from envs import libero, ood
 
 STEP_FRACTION = 1 - np.exp(-0.5)  # of a commanded offset covered in one control step, see above
 COMMAND = 0.1  # m of translation, or rad of rotation, commanded by one unit of action (Panda agent's controller config)
@@ -257,14 +257,17 @@ EXPERTS = {
 
 
 def available() -> list[str]:
-    """Ids of the environments that have an expert."""
+    """Ids of ManiSkill's environments that have an expert."""
     return list(EXPERTS)
 
 
-def make(env_id: str) -> type[Expert]:
-    """The expert class for `env_id`, a task or a variant of one; ValueError for an environment without one."""
-    if env_id.startswith("libero"):
-        from envs import libero_experts
+def make(env_id: str) -> type:
+    """The expert class for `env_id`, a task or a variant of one; ValueError for an environment without one.
+
+    Tasks of LIBERO have theirs in `envs.libero_experts`.
+    """
+    if libero.is_libero(env_id):
+        from envs import libero_experts  # imports MuJoCo
 
         return libero_experts.make(env_id)
     task = ood.task_of(env_id)

@@ -238,8 +238,8 @@ class LiberoEnv:
         np.random.seed(seed % 2**32)
         if not fixed:
             # LIBERO draws what stands on furniture relative to it, and takes it for where a new model has it until then.
-            self.base.sim.model.body_pos[self._furniture] = 0.0
-            self.base.sim.model.body_quat[self._furniture] = 1.0, 0.0, 0.0, 0.0
+            model = self.base.sim.model
+            model.body_pos[self._furniture], model.body_quat[self._furniture] = 0.0, (1.0, 0.0, 0.0, 0.0)
         with quiet():
             self.wrapper.reset()
         if fixed:
@@ -294,8 +294,8 @@ class LiberoEnv:
             image[i] = picture[::-1, ::-1] if self.spec.rotate else picture
 
     def object_positions(self) -> np.ndarray:
-        """World positions (objects, 3) of the objects of interest, m."""
-        return np.stack([self.base.sim.data.body_xpos[self.base.obj_body_id[name]] for name in self.base.obj_of_interest])
+        """Where the movable objects are now (objects, 3) float32, m, in the order of the task's description."""
+        return self.base.sim.data.body_xpos[[self.base.obj_body_id[name] for name in self.base.objects_dict]].astype(np.float32)
 
     def render(self) -> np.ndarray:
         """A picture for people (H, W, 3) uint8: agentview, the right way up, as it is now."""

@@ -18,7 +18,7 @@ from test_main import one_thread, only_run, refusal, run  # noqa: F401 (the firs
 import envs
 import policies
 from algos import evaluate
-from envs import EVAL_SEED, TUNING_SEED, evaluation, films, libero, vulkan
+from envs import EVAL_SEED, TRAIN_SEEDS, TUNING_SEED, demos, evaluation, films, libero, vulkan
 from envs.evaluation import Evaluation, summarise, wilson
 from envs.pool import ChunkEnv
 from envs.spec import EnvError, EnvSpec
@@ -244,10 +244,11 @@ def test_seeds_stand_for_initial_states_and_the_furniture_stays(env):
 
 def test_sampled_objects_stand_where_the_task_has_them():
     env = libero.LiberoSpec("libero_spatial/7", image_size=SIZE).create(0, 1)  # a bowl on the stove, another on the cabinet
+    places = {"akita_black_bowl_1": "flat_stove_1_cook_region", "akita_black_bowl_2": "wooden_cabinet_1_top_side"}
     for seed in (1, 2):
         env.reset(seed)
         aside = []
-        for bowl, region in (("akita_black_bowl_1", "flat_stove_1_cook_region"), ("akita_black_bowl_2", "wooden_cabinet_1_top_side")):
+        for bowl, region in places.items():
             assert ["on", bowl, region] in env.base.parsed_problem["initial_state"]
             data = env.base.sim.data
             aside.append(data.get_site_xpos(region) - data.body_xpos[env.base.obj_body_id[bowl]])
@@ -262,6 +263,27 @@ def test_fixed_and_sampled_initial_states_can_be_asked_for(env, monkeypatch):
     variant(env, monkeypatch, settle_steps=0, initial_states="sampled")
     env.reset(EVAL_SEED + 7)
     assert np.abs(joints(env) - env.fixed[7][1 : 1 + size]).max() > 1e-3
+
+
+# ------------------------------------------------------------------------------------------------------------------ expert
+
+
+@pytest.mark.parametrize("convention", [1, -1])
+def test_the_expert_brings_the_sauce_into_the_basket(convention):
+    env = libero.LiberoSpec("libero_object/3", image_size=8, gripper_close=convention).create(0, 1)
+    episode = demos.demonstrate(env, TRAIN_SEEDS, noise=0.5, observe=False)
+    assert env.success and 60 < len(episode["action"]) < 150
+    assert np.abs(episode["action"]).max() <= 1 and set(episode["action"][:, -1] * convention) == {-1, 1}
+    sauce, basket = episode["objects"][:, 0], episode["objects"][:, 1]
+    assert episode["objects"].shape[1:] == (7, 3) and np.abs(np.ptp(basket, 0)).max() < 0.01
+    assert np.linalg.norm((sauce - basket)[0, :2]) > 0.3 and np.linalg.norm((sauce - basket)[-1, :2]) < 0.06
+
+
+@pytest.mark.parametrize("env_id", ["libero_goal/0", "libero_object"])
+def test_a_task_without_an_expert_is_told_in_one_line(env_id, tmp_path):
+    with pytest.raises(EnvError, match="no expert for '.*': choose a single task of libero_object or libero_spatial") as error:
+        demos.collect(tmp_path / "demos.h5", SimpleNamespace(spec=libero.LiberoSpec(env_id)), 1)
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
 # -------------------------------------------------------------------------------------------------------------------- pool
