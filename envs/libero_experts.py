@@ -25,8 +25,8 @@ COMMAND, TURN = 0.05, 0.5  # m and rad that one unit of action commands (robosui
 OPEN, CLOSE = -1.0, 1.0
 # The gripper, in the frame of its site (x: the fingers close, z: down), measured in robosuite's model:
 OPENING = 0.038  # from the site to an open finger's pad
-TIPS, FINGERS, PALM = np.array([0.057, 0.011]), np.array([0.065, 0.011]), np.array([0.105, 0.033])  # half of what they cover, x and y
-TIP_DOWN, FINGERS_UP, PALM_UP = 0.009, 0.006, 0.031  # from the site down to the tips, up to where the fingers are wider, to the palm
+TIPS, FINGERS, PALM = np.array([0.057, 0.011]), np.array([0.065, 0.011]), np.array([0.105, 0.033])  # half their size, x and y
+TIP_DOWN, FINGERS_UP, PALM_UP = 0.009, 0.006, 0.031  # down from the site to the tips, up to where the fingers widen, to the palm
 # The arm, with the hand pointing down (Franka's Denavit-Hartenberg parameters): at 0.719 m from shoulder to wrist it is stretched,
 # where it gets stuck or bends the other way.
 SHOULDER, WRIST_UP, WRIST_BACK, REACH = 0.333, 0.207, 0.088, 0.68
