@@ -203,8 +203,8 @@ class LiberoEnv:
         self.task = f"{suite}/{number}"
         self.instruction = self.wrapper.language_instruction if spec.language == "bddl" else instruction(suite, name)
         self._named = [self.base.obj_body_id[n] for n in self.base.obj_of_interest] if spec.obs_mode == "state" else []
-        self.action_dim, self.robot_dim = self.base.action_dim, 8 if spec.orientation == "axis_angle" else 9
-        self.state_dim = self.robot_dim + 12 * len(self._named)
+        self.action_dim = self.base.action_dim
+        self.state_dim = (8 if spec.orientation == "axis_angle" else 9) + 12 * len(self._named)
         self.cameras = CAMERAS if spec.obs_mode == "rgb" else ()
         self.max_episode_steps = spec.max_episode_steps or limit(suite)
         self.steps, self.success = 0, False
@@ -280,11 +280,11 @@ class LiberoEnv:
         robot, size, seen = self.base.robots[0], self.spec.image_size, self._seen
         hand = self.base.sim.model.body_name2id(robot.robot_model.eef_name)
         quaternion = transform_utils.convert_quat(seen.xquat[hand], to="xyzw")
-        own, objects = state[: self.robot_dim], state[self.robot_dim :].reshape(-1, 12)  # views
+        own, objects = np.split(state, [len(state) - 12 * len(self._named)])  # views
         own[:3] = seen.site_xpos[robot.eef_site_id]
         own[3:-2] = transform_utils.quat2axisangle(quaternion) if self.spec.orientation == "axis_angle" else quaternion
         own[-2:] = seen.qpos[robot._ref_gripper_joint_pos_indexes]
-        for row, body in zip(objects, self._named):
+        for row, body in zip(objects.reshape(-1, 12), self._named):
             row[:3], row[3:9] = seen.xpos[body], seen.xmat[body].reshape(3, 3)[:, :2].T.ravel()
             row[9:] = row[:3] - own[:3]
         for i, camera in enumerate(self.cameras):
