@@ -3,6 +3,7 @@
     python benchmarks/compare.py --algos stepnft_pi0 ppo_pi0 --tasks PickCube-v1 --obs-mode state --seeds 1 2 3
     python benchmarks/compare.py --ablations loss-wmse target-x0 --seeds 1 2 3     # or all of them: --ablations
     python benchmarks/compare.py --tuning --algos ppo_pi0 grpo_pi0 --seeds 1       # the TRIALS of each, on tuning episodes
+    python benchmarks/compare.py --algos stepnft_pi0 ppo_pi0 --ood 100             # and each policy out of distribution
     python benchmarks/compare.py                                                   # only the report, from what is there
 
 A run is a process of its own and leaves benchmarks/results/<label>-<task>-<mode>-<seed>.json (those of --tuning in results/tuning),
@@ -104,6 +105,9 @@ class Args:
     """run the TRIALS (listed in this file) of each algorithm, which are short and on the tuning episodes"""
     extra: str = ""
     """further arguments for every run, in one string, e.g. --extra="--max-minutes 10" """
+    ood: int = 0
+    """evaluate what was trained, and what it started from, in so many episodes of each out-of-distribution variant; 0: not.
+    Runs that are there get theirs if their folder is"""
     dry_run: bool = False
     """print which runs are there, interrupted or missing, and their commands; run nothing"""
 
@@ -252,7 +256,7 @@ def run(job: Job) -> None:
         result = result | {"command": job.command, "resumed_by": result["command"], "args": state["args"]}
     if result["command"] != job.command:
         raise RunError(f"{state['run']} is the folder of another command: {result['command']}")
-    write(job.target, result)
+    write(job.target, result | {"run": state["run"]})
     job.state.unlink()
 
 
@@ -284,18 +288,47 @@ def follow(job: Job, arguments: list[str], state: dict | None, log) -> tuple[dic
                 process.kill()
 
 
-def run_all(jobs: list[Job]) -> dict[str, str]:
-    """Run every job without a result, one after the other; returns what went wrong, by the job's name."""
+def evaluate_ood(job: Job, episodes: int) -> None:
+    """Add a run's success in the out-of-distribution variants to its result, by algos/evaluate.py, with that of its start.
+
+    Raises RunError where the run's folder is gone, or the evaluation fails.
+    """
+    result = read(job.target)
+    policy = ROOT / result.get("run", "unknown") / "policy"
+    if not policy.is_dir():
+        raise RunError("its folder under runs/ is gone, and with it the policy to evaluate")
+    output = ROOT / "runs" / "compare" / f"ood-{job.env_id.replace('/', '-')}-{job.obs_mode}"  # the start is evaluated once for all
+    command = [sys.executable, "algos/evaluate.py", result["checkpoint"], str(policy), "--labels", "before", "after",
+               "--suites", "ood", "--episodes", str(episodes), "--no-video", "--output", str(output)]  # fmt: skip
+    with open(job.state.with_suffix(".log"), "ab") as log:
+        code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log).returncode
+    if code:
+        raise RunError(f"evaluate.py ended with exit status {code}; its output is in {log.name}")
+    rows = {row["name"]: row["policies"] for row in read(output / "results.json")["rows"] if row["kind"] != "environment"}
+    total = rows.pop("OOD mean")
+    write(job.target, result | {"ood": total["after"] | dict(episodes_per_variant=episodes, before=total["before"], families=rows)})
+
+
+def has_ood(job: Job) -> bool:
+    return "ood" in read(job.target)
+
+
+def run_all(jobs: list[Job], ood: int = 0) -> dict[str, str]:
+    """Run every job without a result, one after the other, and evaluate them out of distribution in `ood` episodes per variant
+    (0: not). Returns what went wrong, by the job's name."""
     for job in jobs:
         if status(job).startswith("done, "):
             tqdm.write(f"{job.name}: {status(job)}")
-    failed, missing = {}, [job for job in jobs if not job.target.exists()]
+    failed, missing = {}, [job for job in jobs if not job.target.exists() or ood and not has_ood(job)]
     bar = tqdm(missing, desc="runs", smoothing=0, disable=not missing)
     for job in bar:
         bar.set_postfix_str(job.name)
         try:
             tqdm.write(f"{job.name}: {status(job)}, {job.command}")
-            run(job)
+            if not job.target.exists():
+                run(job)
+            if ood and not has_ood(job):
+                evaluate_ood(job, ood)
         except Exception as error:  # whatever it is, the others go on
             failed[job.name] = str(error) if isinstance(error, RunError) else repr(error)
             tqdm.write(f"{job.name} failed: {failed[job.name]}")
@@ -392,6 +425,21 @@ def each_run(results: list[dict]) -> str:
     )  # fmt: skip
 
 
+def out_of_distribution(results: list[dict]) -> str:
+    """A row per run with such an evaluation: each family's mean and the mean of these, before and after; "" without any."""
+    given = [r for r in results if "families" in r.get("ood", {})]
+    if not given:
+        return ""
+    families = list(dict.fromkeys(name for r in given for name in r["ood"]["families"]))
+    arrow = lambda before, after: f"{100 * before['success']:.1f} → {rate(after)}"
+    rows = []
+    for r in given:
+        total, by_family = r["ood"], r["ood"]["families"]
+        cells = [arrow(found["before"], found["after"]) if (found := by_family.get(name)) else "–" for name in families]
+        rows.append([r["label"], str(r["seed"]), *cells, arrow(total["before"], total), str(total["episodes_per_variant"])])
+    return markdown(["", "seed", *(f"{name}, %" for name in families), "mean of families, %", "episodes per variant"], rows)
+
+
 def unequal(results: list[dict]) -> list[str]:
     """What differs between the runs in the arguments of EQUAL: the exceptions, and the value that most have."""
     differences = []
@@ -471,6 +519,8 @@ def report() -> None:
                 draw(images / f"{label}_{env_id}_{mode}.png", f"{label}, {task}", seeds)
             parts += [summary(plain), f"![{task}](images/comparison_{env_id}_{mode}.png)",
                       "Each run, with 95 % Wilson intervals over its episodes:", each_run(plain)]  # fmt: skip
+            if table := out_of_distribution(plain):
+                parts += ["Out of distribution, before → after:", table]
         if ablated:
             varied = {algorithm_of(r) for r in ablated}
             parts += [f"Ablations, {task}:", summary([r for r in plain if algorithm_of(r) in varied] + ablated)]
@@ -493,7 +543,7 @@ if __name__ == "__main__":
     for name in (signal.SIGINT, signal.SIGTERM):  # also where a shell in the background has them ignored
         signal.signal(name, signal.default_int_handler)
     try:
-        failed = run_all(jobs)
+        failed = run_all(jobs, args.ood)
     except KeyboardInterrupt:
         report()
         sys.exit("interrupted; the same command goes on from the last checkpoint")

@@ -58,12 +58,30 @@ outcome = dict(success=0.5, interval=[0.4, 0.6], episodes=100)
 )))
 """
 
+# algos/evaluate.py as far as compare.py can tell: fails with one episode, and counts how often it was called.
+EVALUATE = """
+import json, pathlib, sys
+episodes, output = (sys.argv[sys.argv.index(name) + 1] for name in ("--episodes", "--output"))
+if episodes == "1":
+    sys.exit("error: one episode")
+pathlib.Path(output).mkdir(parents=True, exist_ok=True)
+with open("calls", "a") as file:
+    print(*sys.argv[1:], file=file)
+outcome = lambda p: dict(success=p, interval=[p - 0.1, p + 0.1], episodes=int(episodes))
+row = lambda kind, name, before, after: dict(kind=kind, name=name, policies=dict(before=outcome(before), after=outcome(after)))
+(pathlib.Path(output) / "results.json").write_text(json.dumps(dict(rows=[
+    row("environment", "T/semantic-a-1", 0.9, 0.9), row("family", "semantic", 0.2, 0.4), row("family", "execution", 0.3, 0.7),
+    row("ood", "OOD mean", 0.25, 0.55),
+])))
+"""
+
 
 @pytest.fixture
 def root(tmp_path, monkeypatch) -> Path:
     for folder in ("algos", "docs", "benchmarks"):
         (tmp_path / folder).mkdir()
     (tmp_path / "algos" / "fake_pi0.py").write_text(ALGORITHM)
+    (tmp_path / "algos" / "evaluate.py").write_text(EVALUATE)
     (tmp_path / "docs" / "comparison.md").write_text(PAGE)
     monkeypatch.setattr(compare, "ROOT", tmp_path)
     return tmp_path
@@ -232,6 +250,27 @@ def test_what_ended_after_this_program_did_is_collected(root, monkeypatch):
     (run / "result.json").write_text(json.dumps(result([0.5, 0.6]) | {"command": job.command}))
     compare.run(job)
     assert compare.read(job.target)["curve"][-1]["success"] == 0.6
+
+
+def test_out_of_distribution_after_the_run_and_later(root):
+    compare.run_all([fake()])
+    failed = compare.run_all([fake()], ood=8)
+    assert "its folder under runs/ is gone" in failed["fake-Task-v1-state-1"] and "ood" not in compare.read(fake().target)
+    (run,) = root.glob("runs/fake-*")
+    (run / "policy").mkdir()
+    assert "exit status 1" in compare.run_all([fake()], ood=1)["fake-Task-v1-state-1"]
+    for _ in range(2):  # what is there is not evaluated again
+        assert compare.run_all([fake()], ood=8) == {}
+    (call,) = (root / "calls").read_text().splitlines()
+    assert call.startswith(f"start {run}/policy --labels before after --suites ood --episodes 8")
+    ood = compare.read(fake().target)["ood"]
+    assert ood["success"] == 0.55 and ood["before"]["success"] == 0.25 and ood["episodes_per_variant"] == 8
+    assert len(list(root.glob("runs/fake-*"))) == 1, "the run is not repeated"
+    rows = [cells(row) for row in compare.out_of_distribution(compare.load(fake().target.parent)).splitlines()]
+    assert rows[0] == ["", "seed", "semantic, %", "execution, %", "mean of families, %", "episodes per variant"]
+    assert rows[2] == ["fake", "1", "20.0 → 40.0 [30.0, 50.0]", "30.0 → 70.0 [60.0, 80.0]", "25.0 → 55.0 [45.0, 65.0]", "8"]
+    compare.report()
+    assert "Out of distribution, before → after:" in (root / "docs" / "comparison.md").read_text()
 
 
 def test_two_programs_do_not_run_the_same_job(root):
