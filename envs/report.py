@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from envs import EVAL_SEED
 from envs.evaluation import wilson
 from envs.libero import is_libero
 
@@ -113,9 +114,10 @@ def explanation(results: dict) -> list[str]:
             "same test where there is one environment. No correction is made for the number of rows."
         )
     if families and is_libero(results["env_id"]):
+        fixed = results["eval_seed"] >= EVAL_SEED
         out.append(
-            "Each task starts from its fixed initial states in their order. A suite's episodes all count alike, in its interval "
-            "and its test; the mean of suites weighs the suites equally."
+            f"Each task starts from {'its fixed initial states in their order' if fixed else 'states drawn from its own regions'}. "
+            "A suite's episodes all count alike, in its interval and its test; the mean of suites weighs the suites equally."
         )
     elif families:
         out.append(
