@@ -75,10 +75,14 @@ TRIALS = {
     "stepnft": ["", "--learning-rate 3e-5", "--update-epochs 4 --learning-rate 3e-5", "--noise-level 0.4"],
     "ppo": ["", "--learning-rate 1e-5 --noise-level 0.5", "--noise-level 0.5", "--noise-level 0.5 --no-bootstrap"],
     "grpo": ["", "--learning-rate 1e-4 --noise-level 0.5", "--noise-level 0.5", "--learning-rate 1e-4"],
-    "nft": ["", "--learning-rate 1e-4", "--learning-rate 1e-4 --labels binary", "--learning-rate 1e-4 --beta 0.1"],
-    "rft": ["", "--noise-level 0.3", "--learning-rate 3e-5 --noise-level 0.3", "--noise-level 0.3 --contrast --group-size 4"],
-}
-"""Algorithm → what --tuning tries, as changes to its plain command: the same number of trials for each, TUNING long."""
+    "nft": ["", "--learning-rate 1e-4", "--learning-rate 1e-4 --labels binary", "--learning-rate 1e-4 --beta 0.1",
+            "--ema-start 0.9 --ema-end 0.9", "--draws 16", "--learning-rate 1e-5", "--weighting adaptive"],
+    "rft": ["", "--noise-level 0.3", "--learning-rate 3e-5 --noise-level 0.3", "--noise-level 0.3 --contrast --group-size 4",
+            "--learning-rate 3e-5", "--learning-rate 1e-5 --draws 16", "--learning-rate 3e-5 --noise-level 0.7",
+            "--learning-rate 3e-5 --contrast --group-size 4"],
+}  # fmt: skip
+"""Algorithm → what --tuning tries, as changes to its plain command, TUNING long: four trials each, and four more for those that no
+trial of the first four had improved."""
 TUNING = f"--iterations 40 --max-minutes 0 --eval-seed {envs.TUNING_SEED}"
 
 EQUAL = ("checkpoint", "iterations", "max_minutes", "num_envs", "rollout_epochs", "rollout_steps", "execute", "eval_every",
