@@ -82,7 +82,7 @@ class Args:
     """noise/time draws per chunk and pass: they share its prefix and cost little"""
     beta: float = 1.0
     """β, how far the implicit policies v_old ± β·(v_θ − v_old) lie apart (authors: 1, or 0.1)"""
-    weighting: Literal["none", "adaptive"] = "none"
+    weighting: Literal["none", "adaptive"] = "adaptive"
     """none: squared errors of the velocity; adaptive: of the chunk it leads to, divided by their mean size (authors' code)"""
     ema_start: float = 0.1
     """α of θ_old ← α·θ_old + (1 − α)·θ at the first iteration (authors: 0)"""

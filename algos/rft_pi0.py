@@ -73,7 +73,7 @@ class Args:
     """passes over each iteration's successful chunks, each at fresh noise and times"""
     num_minibatches: int = 8
     """minibatches per epoch: few and large, as Adam's full-size steps amplify gradient noise"""
-    learning_rate: float = 1e-4
+    learning_rate: float = 3e-5
     """Adam's"""
     warmup_iterations: int = 5
     """iterations of linear learning-rate warm-up"""

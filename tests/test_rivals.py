@@ -464,7 +464,7 @@ def test_nft_asks_both_policies_at_the_same_points_each_with_its_own_prefix(stra
 
 @pytest.mark.parametrize("name, options, tag", [
     ("grpo", "--clip 0.001 --update-epochs 2", "losses/clip_fraction"),
-    ("nft", "--weighting adaptive", "losses/loss"),
+    ("nft", "--weighting none", "losses/loss"),
     ("rft", "--noise-level 0", "losses/loss"),
     ("rft", "--contrast --group-size 2", "charts/signal"),
 ])  # fmt: skip
