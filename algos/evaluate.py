@@ -8,7 +8,6 @@ import csv
 import hashlib
 import importlib.metadata
 import json
-import os
 import shlex
 import sys
 import time
@@ -231,7 +230,7 @@ if __name__ == "__main__":
     try:
         args = tyro.cli(Args, description=__doc__)
         check(args)
-        torch.set_num_threads(args.num_threads or os.cpu_count())
+        torch.set_num_threads(args.num_threads or envs.num_cores())
         device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu"))
 
         # Checkpoints

@@ -62,13 +62,13 @@ def main(args: Args) -> None:
     if min(args.episodes, args.epochs, args.batch_size) <= 0:
         raise envs.EnvError("--episodes, --epochs and --batch-size must be positive")
     torch.manual_seed(args.seed)
-    torch.set_num_threads(args.num_threads or os.cpu_count())
+    torch.set_num_threads(args.num_threads or envs.num_cores())
     device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu"))
     path = f"demos/{args.env_id}-scenes-{args.image_size}px-{args.episodes}-noise{args.noise}.h5"
     if args.dataset or os.path.exists(path):
         data = demos.read(args.dataset or path, env_id=args.env_id, obs_mode="rgb")
     else:
-        venv = envs.make(args.env_id, os.cpu_count(), obs_mode="rgb", image_size=args.image_size, backend="cpu")
+        venv = envs.make(args.env_id, envs.num_cores(), obs_mode="rgb", image_size=args.image_size, backend="cpu")
         # Seeds of their own: few-shot demonstrations come from other episodes.
         data = demos.collect(path, venv, args.episodes, noise=args.noise, first_seed=envs.TRAIN_SEEDS + 100_000_000)
         venv.close()

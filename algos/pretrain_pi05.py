@@ -66,7 +66,7 @@ def main(args: Args) -> None:
     if args.obs_mode not in ("rgb", "state"):
         raise envs.EnvError(f"--obs-mode must be 'rgb' or 'state', got {args.obs_mode!r}")
     torch.manual_seed(args.seed)
-    torch.set_num_threads(args.num_threads or os.cpu_count())
+    torch.set_num_threads(args.num_threads or envs.num_cores())
     device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu"))
 
     # Scenes: pictures and the positions in them. State mode has none, and needs the task for the length of its state alone.
@@ -76,7 +76,7 @@ def main(args: Args) -> None:
         data = demos.read(args.dataset or path, env_id=args.env_id, obs_mode="rgb")
     else:
         venv = envs.make(
-            args.env_id, os.cpu_count() if rgb else 1, obs_mode=args.obs_mode, image_size=args.image_size, backend="cpu"
+            args.env_id, envs.num_cores() if rgb else 1, obs_mode=args.obs_mode, image_size=args.image_size, backend="cpu"
         )
         instruction, state_dim = venv.instruction, venv.single_observation_space["state"].shape[0]
         if rgb:  # seeds of their own: few-shot demonstrations come from other episodes

@@ -112,7 +112,7 @@ def main(args: Args) -> None:
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
-    torch.set_num_threads(args.num_threads or os.cpu_count())
+    torch.set_num_threads(args.num_threads or envs.num_cores())
     device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu"))
 
     # Demonstrations

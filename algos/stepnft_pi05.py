@@ -366,7 +366,7 @@ if __name__ == "__main__":
         np.random.seed(args.seed)
         torch.manual_seed(args.seed)
         rng = np.random.default_rng(args.seed)  # initial states of the training episodes
-        torch.set_num_threads(args.num_threads or os.cpu_count())
+        torch.set_num_threads(args.num_threads or envs.num_cores())
         device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu"))
 
         # Policy θ and rollout policy θ_old; they share what is frozen

@@ -47,7 +47,7 @@ class Args:
     """actions per chunk"""
     episode_chunks: int = 6
     """chunks per episode; then all environments are reset"""
-    workers: int = os.cpu_count() or 1
+    workers: int = envs.num_cores()
     """processes of each contestant"""
     envs_per_worker: int = 4
     """our environments in each process"""
@@ -155,8 +155,8 @@ def main(args: Args) -> None:
     os.environ.update(OMP_NUM_THREADS=str(args.threads), LP_NUM_THREADS=str(args.threads))  # read by the child processes
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     packages = {name: version(name) for name in ("mani-skill", "sapien", "gymnasium", "numpy", "torch")}
-    report = dict(args=settings, cores=os.cpu_count(), python=platform.python_version(), packages=packages, results=[])
-    print(f"{args.env_id}, {args.workers} processes on {os.cpu_count()} cores, chunks of {args.chunk}; environment steps/s, "
+    report = dict(args=settings, cores=envs.num_cores(), python=platform.python_version(), packages=packages, results=[])
+    print(f"{args.env_id}, {args.workers} processes on {envs.num_cores()} cores, chunks of {args.chunk}; environment steps/s, "
           f"median (lowest – highest) of {args.rounds} rounds\n")  # fmt: skip
     print("| observations | ours | ManiSkill, AsyncVectorEnv | ratio | physics alone |\n|---|---|---|---|---|", flush=True)
     for mode in args.modes:

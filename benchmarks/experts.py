@@ -10,7 +10,6 @@ envs.EVAL_SEED on are the fixed initial states of a task.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +37,7 @@ class Args:
     """on the executed translation, as --demo-noise of algos/sft_pi0.py"""
     suites: tuple[str, ...] = ()
     """LIBERO suites whose tasks are run, or single tasks; none: ManiSkill's tasks"""
-    num_workers: int = os.cpu_count() or 1
+    num_workers: int = envs.num_cores()
     """processes"""
     out: Path | None = None
     """where the JSON file goes; default: benchmarks/results"""

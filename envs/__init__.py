@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from envs import ood
-from envs.spec import EnvError, EnvSpec
+from envs.spec import EnvError, EnvSpec, num_cores
 
-__all__ = ["EVAL_SEED", "TRAIN_SEEDS", "TUNING_SEED", "EnvError", "EnvSpec", "check", "make", "ood"]
+__all__ = ["EVAL_SEED", "TRAIN_SEEDS", "TUNING_SEED", "EnvError", "EnvSpec", "check", "make", "num_cores", "ood"]
 
 TRAIN_SEEDS = 500_000_000
 """Training episodes use seeds below this, demonstrations those from here to TUNING_SEED."""
@@ -46,7 +45,7 @@ def make(
         (no images; the state also holds object poses; of LIBERO one task).
     seed: of the generator that draws episode seeds when `reset` is given none.
     chunk: actions per step in the action space; `step` takes any number up to the episode limit.
-    num_workers: processes on the CPU back end (default: one per core, at most num_envs).
+    num_workers: processes on the CPU back end (default: one per core that `num_cores` counts, at most num_envs).
     backend: "cpu" (a pool of processes), "cuda" (one batched simulation on the GPU), or "auto": cuda where that works.
     observe_terminal: observe (and render) the state after success too; learners without a critic can save that.
     spec: further fields of `EnvSpec` (image_size, control_mode, reward_mode, max_episode_steps, camera, …) or `LiberoSpec`.
@@ -78,5 +77,5 @@ def make(
     from envs.pool import ChunkVecEnv
 
     return ChunkVecEnv(
-        spec, num_envs, num_workers or os.cpu_count() or 1, chunk=chunk, seed=seed, observe_terminal=observe_terminal
+        spec, num_envs, num_workers or num_cores(), chunk=chunk, seed=seed, observe_terminal=observe_terminal
     )

@@ -17,7 +17,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from envs.spec import EnvError, EnvSpec
+from envs.spec import EnvError, EnvSpec, num_cores
 
 MAX_RESTARTS = 3
 """How many dead workers a pool replaces before it gives up."""
@@ -211,7 +211,7 @@ class ChunkVecEnv(ChunkEnv):
         self._blocks: list[SharedMemory] = []
         self._restarts = 0
         num_workers = min(num_workers, num_envs)
-        threads = max(1, (os.cpu_count() or 1) // num_workers)
+        threads = max(1, num_cores() // num_workers)
         self._workers = [_Worker(w, spec, range(w, num_envs, num_workers), num_envs, threads) for w in range(num_workers)]
         self._where = {slot: (worker, i) for worker in self._workers for i, slot in enumerate(worker.slots)}
         try:

@@ -1,9 +1,15 @@
-"""What describes an environment, and the error that every bad one raises."""
+"""What describes an environment, the error that every bad one raises, and the cores there are for them."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
+
+
+def num_cores() -> int:
+    """Cores that this process may use, which under Slurm, taskset or in a container can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class EnvError(RuntimeError):

@@ -306,6 +306,16 @@ def test_bad_actions_and_seeds_are_told_in_one_line(pool):
     assert (pool.step(np.zeros((4, 8, 7)))[4]["steps"] == 8).all()  # and the pool goes on
 
 
+def test_cores_are_those_that_the_process_may_use():
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert envs.num_cores() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert envs.num_cores() == len(allowed)
+
+
 def test_a_killed_worker_costs_its_episodes_and_nothing_else(pool):
     obs, _ = pool.reset(seed=50)
     pool.step(np.zeros((4, 8, 7)))
