@@ -6,15 +6,14 @@
     python benchmarks/compare.py --algos stepnft_pi0 ppo_pi0 --ood 100             # and each policy out of distribution
     python benchmarks/compare.py                                                   # only the report, from what is there
 
-A run is a process of its own and leaves benchmarks/results/<label>-<task>-<mode>-<seed>.json (those of --tuning in results/tuning),
-with its command, versions, arguments and curve. A run whose file is there is not repeated, an interrupted one is gone on with, and
-a failed one does not stop the others. Their output is in runs/compare/. --dry-run says what would be done.
+A run is a process of its own and leaves benchmarks/results/<label>-<task>-<mode>-<seed>.json (those of --tuning and --ablations in
+folders of that name), with its command, versions, arguments and curve. A run whose file is there is not repeated, an interrupted
+one is gone on with, and a failed one does not stop the others. Their output is in runs/compare/. --dry-run says what would be done.
 """
 
 from __future__ import annotations
 
 import fcntl
-import itertools
 import json
 import os
 import re
@@ -24,6 +23,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from itertools import cycle, groupby, repeat, zip_longest
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, without an installation
@@ -39,6 +39,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ABLATIONS = {
     f"stepnft-{name}": ("stepnft_pi0", extra)
     for name, extra in {
+        "default": "",
         # the ablations of the paper, each a change to the defaults of the file
         "target-mean": "--target mean",
         "target-x0": "--target x0",
@@ -69,7 +70,8 @@ ABLATIONS = {
         "ema-horizon-1000": "--ema-end 0.995 --ema-horizon 1000",
     }.items()
 }
-"""Label → algorithm and the arguments that are added to its plain command."""
+"""Label → algorithm and the change to its plain command. All are one third as long as its runs (SHORT), while success climbs."""
+SHORT = "--iterations 40 --max-minutes 0 --eval-every 0"
 
 TRIALS = {
     "stepnft": ["", "--learning-rate 3e-5", "--update-epochs 4 --learning-rate 3e-5", "--noise-level 0.4"],
@@ -104,7 +106,7 @@ class Args:
     seeds: list[int] = field(default_factory=lambda: [1])
     """seeds; everything is run with the first one, then with the next"""
     ablations: list[str] | None = None
-    """run these of StepNFT's ABLATIONS (listed in this file); without a name: all of them"""
+    """run these of StepNFT's ABLATIONS (listed in this file), which are shorter than its runs; without a name: all of them"""
     tuning: bool = False
     """run the TRIALS (listed in this file) of each algorithm, which are short and on the tuning episodes"""
     extra: str = ""
@@ -181,18 +183,20 @@ def plan(args: Args) -> list[Job]:
             sys.exit(f"error: no TRIALS for {algorithm}; there are some for {', '.join(TRIALS)}")
     if args.tuning:
         entries = {
-            slug(f"{short(algorithm)} {extra or 'default'}"): (algorithm, f"{extra} {TUNING}")
-            for trials in zip(*(zip(itertools.repeat(a), TRIALS[short(a).removesuffix("-pi05")]) for a in args.algos))
-            for algorithm, extra in trials
+            slug(f"{short(algorithm)} {extra or 'default'}"): (algorithm, f"{extra} {TUNING}", "tuning")
+            for trials in zip_longest(*(zip(repeat(a), TRIALS[short(a).removesuffix("-pi05")]) for a in args.algos))
+            for algorithm, extra in filter(None, trials)
         }
     else:
-        entries = {short(algorithm): (algorithm, "") for algorithm in args.algos}
-        entries |= {label: ABLATIONS[label] for label in ablations}
+        entries = {short(algorithm): (algorithm, "", "") for algorithm in args.algos}
+        for label in ablations:
+            algorithm, extra = ABLATIONS[label]
+            entries[label] = (algorithm, f"{extra} {SHORT}", "ablations")
     return [
-        Job(label, algorithm, env_id, args.obs_mode, seed, f"{extra} {args.extra}", "tuning" if args.tuning else "")
+        Job(label, algorithm, env_id, args.obs_mode, seed, f"{extra} {args.extra}", folder)
         for seed in args.seeds
         for env_id in args.tasks
-        for label, (algorithm, extra) in entries.items()
+        for label, (algorithm, extra, folder) in entries.items()
     ]
 
 
@@ -354,16 +358,7 @@ def load(folder: Path) -> list[dict]:
 
 
 def by_label(results: list[dict]) -> dict[str, list[dict]]:
-    return {label: list(runs) for label, runs in itertools.groupby(results, lambda r: r["label"])}
-
-
-def algorithm_of(result: dict) -> str:
-    return Path(shlex.split(result["command"])[1]).stem
-
-
-def is_variant(result: dict) -> bool:
-    """Whether its label is not its algorithm's own."""
-    return result["label"] != short(algorithm_of(result))
+    return {label: list(runs) for label, runs in groupby(results, lambda r: r["label"])}
 
 
 def first_at(curve: list[dict], key: str, success: float = 0.8) -> float | None:
@@ -426,6 +421,15 @@ def each_run(results: list[dict]) -> str:
         ["", "seed", "before, %", "after, %", "rollout policy after, %", "thousand steps", "minutes"],
         [[r["label"], str(r["seed"]), rate(r["before"]), rate(r["after"]), rate(r.get("after_rollout_policy")),
           f"{r['env_steps'] / 1000:.0f}", f"{r['training_minutes']:.1f}"] for r in results],
+    )  # fmt: skip
+
+
+def each_variant(results: list[dict]) -> str:
+    """A row per ablation: its seeds' outcomes, and their mean."""
+    return markdown(
+        ["", "seeds", "before, %", "after, %, seed by seed", "mean, %"],
+        [[label, ", ".join(str(r["seed"]) for r in runs), rate(runs[0]["before"]), "; ".join(rate(r["after"]) for r in runs),
+          f"{100 * np.mean([r['after']['success'] for r in runs]):.1f}"] for label, runs in by_label(results).items()],
     )  # fmt: skip
 
 
@@ -506,35 +510,33 @@ def report() -> None:
     """Draw docs/images/comparison_<task>_<mode>.png, and <label>_<task>_<mode>.png with the seeds of each algorithm, and write what
     stands between the marks in docs/comparison.md."""
     images, page = ROOT / "docs" / "images", ROOT / "docs" / "comparison.md"
-    results, trials = load(ROOT / "benchmarks" / "results"), load(ROOT / "benchmarks" / "results" / "tuning")
+    results, ablations, trials = (load(ROOT / "benchmarks" / "results" / folder) for folder in ("", "ablations", "tuning"))
     place = lambda r: (r["env_id"], r["obs_mode"])
-    colours = dict(zip(dict.fromkeys(r["label"] for r in results if not is_variant(r)), itertools.cycle(COLOURS)))
+    colours = dict(zip(dict.fromkeys(r["label"] for r in results), cycle(COLOURS)))
     parts = []
-    for env_id, mode in sorted({place(r) for r in results + trials}):
-        here, tried = ([r for r in found if place(r) == (env_id, mode)] for found in (results, trials))
-        plain, ablated = [r for r in here if not is_variant(r)], [r for r in here if is_variant(r)]
+    for env_id, mode in sorted({place(r) for r in results + ablations + trials}):
+        here, ablated, tried = ([r for r in found if place(r) == (env_id, mode)] for found in (results, ablations, trials))
         task = f"{env_id} ({mode})"
         parts.append(f"### {task}")
-        if plain:
-            lines = {f"{label}, n = {len(runs)}": (colours[label], runs) for label, runs in by_label(plain).items()}
+        if here:
+            lines = {f"{label}, n = {len(runs)}": (colours[label], runs) for label, runs in by_label(here).items()}
             draw(images / f"comparison_{env_id}_{mode}.png", task, lines)
-            for label, runs in by_label(plain).items():
-                seeds = {f"seed {r['seed']}": (colour, [r]) for r, colour in zip(runs, itertools.cycle(COLOURS))}
+            for label, runs in by_label(here).items():
+                seeds = {f"seed {r['seed']}": (colour, [r]) for r, colour in zip(runs, cycle(COLOURS))}
                 draw(images / f"{label}_{env_id}_{mode}.png", f"{label}, {task}", seeds)
-            parts += [summary(plain), f"![{task}](images/comparison_{env_id}_{mode}.png)",
-                      "Each run, with 95 % Wilson intervals over its episodes:", each_run(plain)]  # fmt: skip
-            if table := out_of_distribution(plain):
+            parts += [summary(here), f"![{task}](images/comparison_{env_id}_{mode}.png)",
+                      "Each run, with 95 % Wilson intervals over its episodes:", each_run(here)]  # fmt: skip
+            if table := out_of_distribution(here):
                 parts += ["Out of distribution, before → after:", table]
         if ablated:
-            varied = {algorithm_of(r) for r in ablated}
-            parts += [f"Ablations, {task}:", summary([r for r in plain if algorithm_of(r) in varied] + ablated)]
+            parts += [f"Ablations, {task}:", each_variant(ablated)]
         if tried:
             parts += [f"Tuning trials, {task}, on the tuning episodes:", summary(tried)]
-        parts += [f"Not the same in all runs: {'; '.join(d)}." for runs in (here, tried) if (d := unequal(runs))]
-        parts += ["Commands:", "\n".join(["```", *(r["command"] for r in here + tried), "```"])]
+        parts += [f"Not the same in all runs: {'; '.join(d)}." for runs in (here, ablated, tried) if (d := unequal(runs))]
+        parts += ["Commands:", "\n".join(["```", *(r["command"] for r in here + ablated + tried), "```"])]
     before, rest = page.read_text().split(BEGIN)
     page.write_text("\n\n".join([before + BEGIN, *(parts or ["No result yet."]), END + rest.split(END)[1]]))
-    print(f"{len(results)} results and {len(trials)} trials in {page}")
+    print(f"{len(results)} results, {len(ablations)} ablations and {len(trials)} trials in {page}")
 
 
 if __name__ == "__main__":

@@ -122,25 +122,26 @@ def test_everything_runs_with_the_first_seed_before_the_second(root):
         for task in ("A-v1", "B-v1")
         for label in ("fake", "other-pi05", "stepnft-loss-wmse")
     ]
-    assert jobs[2].command == "python algos/stepnft_pi0.py --env-id A-v1 --obs-mode state --seed 1 --loss wmse"
+    ablation = f"python algos/stepnft_pi0.py --env-id A-v1 --obs-mode state --seed 1 --loss wmse {compare.SHORT}"
+    assert jobs[2].command == ablation and [job.target.parent.name for job in jobs[:3]] == ["results", "results", "ablations"]
 
 
 def test_names_fit_the_results_that_are_there(monkeypatch):
     monkeypatch.setattr(compare, "ROOT", ROOT)
     (job,) = compare.plan(compare.Args(["stepnft_pi0"], extra="--no-video"))
     assert compare.status(job) == "done"
-    assert not compare.is_variant({"label": "stepnft"} | compare.read(job.target))
 
 
-def test_tuning_gives_every_algorithm_as_many_trials_on_other_episodes(root, monkeypatch):
+def test_tuning_gives_every_algorithm_its_trials_on_other_episodes(root, monkeypatch):
     counts = {name: len(set(trials)) for name, trials in compare.TRIALS.items()}
     assert counts == dict(stepnft=4, ppo=4, grpo=4, nft=8, rft=8)  # docs/comparison.md says why
-    monkeypatch.setattr(compare, "TRIALS", dict(fake=["", "--rate 1e-5"], other=["--rate 2", "--noise 0.5"]))
+    monkeypatch.setattr(compare, "TRIALS", dict(fake=["", "--rate 1e-5"], other=["--rate 2", "--noise 0.5", "--rate 3"]))
     for name in ("other_pi0", "other_pi05"):
         shutil.copy(root / "algos" / "fake_pi0.py", root / "algos" / f"{name}.py")
     jobs = compare.plan(compare.Args(["fake_pi0", "other_pi0", "other_pi05"], tuning=True))
     assert [job.label for job in jobs] == [
         "fake-default", "other-rate-2", "other-pi05-rate-2", "fake-rate-1e-5", "other-noise-0.5", "other-pi05-noise-0.5",
+        "other-rate-3", "other-pi05-rate-3",
     ]  # fmt: skip
     assert all("--eval-seed 1000000000" in job.command and job.target.parent.name == "tuning" for job in jobs)
 
@@ -160,11 +161,11 @@ def test_unknown_names_end_in_one_line(root, args, message):
 
 
 def test_every_ablation_and_trial_is_valid_and_changes_something():
-    for algorithm, extra in compare.ABLATIONS.values():
+    for label, (algorithm, extra) in compare.ABLATIONS.items():
         module = importlib.import_module(f"algos.{algorithm}")
         args = tyro.cli(module.Args, args=shlex.split(extra))
         module.check(args)
-        assert asdict(args) != asdict(module.Args()), extra
+        assert (asdict(args) == asdict(module.Args())) == (label == "stepnft-default"), extra
     offline = ("sft", "pretrain", "evaluate")
     online = [path.stem for path in (ROOT / "algos").glob("*.py") if not path.stem.startswith(offline)]
     for algorithm in online:
@@ -348,7 +349,9 @@ def test_report_separates_algorithms_ablations_and_trials(root):
     store(root, "ppo", result([0.5, 0.7], seed=1))
     store(root, "stepnft", result([0.5, 0.9], seed=1, algorithm="stepnft_pi0"))
     store(root, "stepnft", result([0.5, 0.8], seed=2, algorithm="stepnft_pi0", args=dict(seed=2, max_minutes=26.0)))
-    store(root, "stepnft-loss-wmse", result([0.5, 0.6], algorithm="stepnft_pi0", command="python algos/stepnft_pi0.py --loss wmse"))
+    for seed, after in ((1, 0.6), (2, 0.7)):
+        wmse = result([0.5, after], seed=seed, command=f"python algos/stepnft_pi0.py --seed {seed} --loss wmse")
+        store(root, "stepnft-loss-wmse", wmse, folder="ablations")
     store(root, "ppo-lr", result([0.5, 0.4], command="python algos/ppo_pi0.py --learning-rate 1"), folder="tuning")
     (root / "benchmarks" / "results" / "other.json").write_text('{"median": 1}')
     compare.report()
@@ -357,12 +360,15 @@ def test_report_separates_algorithms_ablations_and_trials(root):
     first, ablations, tuning = text.replace("Tuning trials", "Ablations").split("Ablations, ")
     labels = lambda part: [cells(row)[0] for row in part.splitlines() if row.startswith("|")]
     assert labels(first) == ["", "---", "ppo", "stepnft", "", "---", "ppo", "stepnft", "stepnft"]
-    assert labels(ablations) == ["", "---", "stepnft", "stepnft-loss-wmse"]
+    assert labels(ablations) == ["", "---", "stepnft-loss-wmse"]
+    row = next(cells(row) for row in ablations.splitlines() if row.startswith("| stepnft-loss-wmse"))
+    assert row[1:] == ["1, 2", "50.0 [40.0, 60.0]", "60.0 [50.0, 70.0]; 70.0 [60.0, 80.0]", "65.0"]
     assert labels(tuning) == ["", "---", "ppo-lr"]
     assert "`max_minutes` is 26.0 for stepnft 2, else 24.0." in text
+    wmse = "python algos/stepnft_pi0.py --seed {} --loss wmse"
     assert text.split("```")[1].split("\n")[1:-1] == [
         "python algos/ppo_pi0.py --seed 1", "python algos/stepnft_pi0.py --seed 1", "python algos/stepnft_pi0.py --seed 2",
-        "python algos/stepnft_pi0.py --loss wmse", "python algos/ppo_pi0.py --learning-rate 1",
+        wmse.format(1), wmse.format(2), "python algos/ppo_pi0.py --learning-rate 1",
     ]  # fmt: skip
     assert sorted(path.name for path in (root / "docs" / "images").iterdir()) == [
         "comparison_Task-v1_state.png", "ppo_Task-v1_state.png", "stepnft_Task-v1_state.png",
