@@ -533,7 +533,10 @@ def report() -> None:
         if tried:
             parts += [f"Tuning trials, {task}, on the tuning episodes:", summary(tried)]
         parts += [f"Not the same in all runs: {'; '.join(d)}." for runs in (here, ablated, tried) if (d := unequal(runs))]
-        parts += ["Commands:", "\n".join(["```", *(r["command"] for r in here + ablated + tried), "```"])]
+        everything = here + ablated + tried
+        for note in dict.fromkeys(r["note"] for r in everything if "note" in r):  # added to the files of these runs by hand
+            parts.append(", ".join(f"{r['label']} {r['seed']}" for r in everything if r.get("note") == note) + f": {note}.")
+        parts += ["Commands:", "\n".join(["```", *(r["command"] for r in everything), "```"])]
     before, rest = page.read_text().split(BEGIN)
     page.write_text("\n\n".join([before + BEGIN, *(parts or ["No result yet."]), END + rest.split(END)[1]]))
     print(f"{len(results)} results, {len(ablations)} ablations and {len(trials)} trials in {page}")

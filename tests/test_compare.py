@@ -346,8 +346,8 @@ def test_t_interval_from_three_seeds_on():
 
 
 def test_report_separates_algorithms_ablations_and_trials(root):
-    store(root, "ppo", result([0.5, 0.7], seed=1))
-    store(root, "stepnft", result([0.5, 0.9], seed=1, algorithm="stepnft_pi0"))
+    store(root, "ppo", result([0.5, 0.7], seed=1, note="on a slow machine"))
+    store(root, "stepnft", result([0.5, 0.9], seed=1, algorithm="stepnft_pi0", note="on a slow machine"))
     store(root, "stepnft", result([0.5, 0.8], seed=2, algorithm="stepnft_pi0", args=dict(seed=2, max_minutes=26.0)))
     for seed, after in ((1, 0.6), (2, 0.7)):
         wmse = result([0.5, after], seed=seed, command=f"python algos/stepnft_pi0.py --seed {seed} --loss wmse")
@@ -365,6 +365,7 @@ def test_report_separates_algorithms_ablations_and_trials(root):
     assert row[1:] == ["1, 2", "50.0 [40.0, 60.0]", "60.0 [50.0, 70.0]; 70.0 [60.0, 80.0]", "65.0"]
     assert labels(tuning) == ["", "---", "ppo-lr"]
     assert "`max_minutes` is 26.0 for stepnft 2, else 24.0." in text
+    assert "\n\nppo 1, stepnft 1: on a slow machine.\n\n" in text
     wmse = "python algos/stepnft_pi0.py --seed {} --loss wmse"
     assert text.split("```")[1].split("\n")[1:-1] == [
         "python algos/ppo_pi0.py --seed 1", "python algos/stepnft_pi0.py --seed 1", "python algos/stepnft_pi0.py --seed 2",
