@@ -82,6 +82,9 @@ class Args:
     """noise/time draws per chunk and pass: they share its prefix and cost little"""
     beta: float = 1.0
     """β, how far the implicit policies v_old ± β·(v_θ − v_old) lie apart (authors: 1, or 0.1)"""
+    times: Literal["flow", "solver"] = "flow"
+    """t of the loss: flow: drawn as in the policy's own training; solver: those of the K solver steps, the only ones at which a
+    rollout asks for a velocity (the authors' code)"""
     weighting: Literal["none", "adaptive"] = "adaptive"
     """none: squared errors of the velocity; adaptive: of the chunk it leads to, divided by their mean size (authors' code)"""
     ema_start: float = 0.1
@@ -407,7 +410,10 @@ if __name__ == "__main__":
                 param_group["lr"] = args.learning_rate * min(1.0, (iteration + 1) / max(1, args.warmup_iterations))
             for _ in range(args.update_epochs if M else 0):  # nothing to learn from where no group has contrast
                 b_noise = torch.randn(M, args.draws, H, A, device=device)
-                b_t = sample_time((M, args.draws), device)  # as in the policy's own training
+                if args.times == "flow":
+                    b_t = sample_time((M, args.draws), device)
+                else:
+                    b_t = torch.randint(1, K + 1, (M, args.draws), device=device) / K
                 for minibatch in torch.randperm(M, device=device).chunk(args.num_minibatches):
                     optimizer.zero_grad()
                     for mb in minibatch.split(args.micro_batch or M):  # the loss is a mean over chunks, so are the gradients

@@ -11,6 +11,7 @@ import random
 import shlex
 import sys
 import time
+from collections import deque
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -71,6 +72,9 @@ class Args:
     # update
     update_epochs: int = 1
     """passes over each iteration's successful chunks, each at fresh noise and times"""
+    replay: int = 1
+    """draw the chunks, as many as this iteration's successes have, from the successes of so many of the last iterations: early ones
+    hold the policy near its start. --resume begins with none of them"""
     num_minibatches: int = 8
     """minibatches per epoch: few and large, as Adam's full-size steps amplify gradient noise"""
     learning_rate: float = 3e-5
@@ -190,7 +194,7 @@ def chunks_to_clone(success: np.ndarray, group: np.ndarray, episode: np.ndarray,
 def check(args: Args) -> None:
     """Raise envs.EnvError, in one line, for arguments that cannot work."""
     for name in ("iterations", "num_envs", "rollout_epochs", "num_steps", "group_size", "update_epochs", "num_minibatches",
-                 "draws", "eval_episodes", "final_eval_episodes", "save_every", "lora_rank"):  # fmt: skip
+                 "draws", "replay", "eval_episodes", "final_eval_episodes", "save_every", "lora_rank"):  # fmt: skip
         if getattr(args, name) < 1:
             raise envs.EnvError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     for name in ("execute", "rollout_steps", "noise_level", "eval_every", "warmup_iterations", "max_minutes", "seed", "eval_seed",
@@ -321,6 +325,7 @@ if __name__ == "__main__":
             note(before)
             print(f"before: {before}")
         start, trained_before_s = time.time() - trained_s, trained_s
+        kept = deque(maxlen=args.replay)  # (prefixes, states, chunks) of earlier iterations' successes
         bar = tqdm(total=args.iterations, initial=iteration, desc="RFT", smoothing=0.1)
         while iteration < args.iterations and not 0 < 60 * args.max_minutes < trained_s - trained_before_s:
             # ------------------------------------------------------------------ rollout: act with θ, remember chunks
@@ -365,6 +370,13 @@ if __name__ == "__main__":
             b_state, b_x = (torch.cat([c[i] for c in chunks]).clone()[used] for i in (0, 1))  # (M, S), (M, H, A)
             M = len(used)
             del chunks
+            if args.replay > 1 and M:  # as many, drawn from what was kept lately
+                kept.append((stored[used], b_state, b_x))
+                stored = policies.Rows(stored.device)
+                for prefix, _, _ in kept:
+                    stored.append(prefix)
+                used = torch.randperm(sum(len(x) for _, _, x in kept), device=device)[:M]
+                b_state, b_x = (torch.cat([k[i] for k in kept])[used] for i in (1, 2))
 
             # ------------------------------------------------------------------ update θ
             policy.train()

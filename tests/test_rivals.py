@@ -465,13 +465,16 @@ def test_nft_asks_both_policies_at_the_same_points_each_with_its_own_prefix(stra
 @pytest.mark.parametrize("name, options, tag", [
     ("grpo", "--clip 0.001 --update-epochs 2", "losses/clip_fraction"),
     ("nft", "--weighting none", "losses/loss"),
+    ("nft", "--times solver", "losses/loss"),
     ("rft", "--noise-level 0", "losses/loss"),
+    ("rft", "--replay 2", "losses/loss"),
     ("rft", "--contrast --group-size 2", "charts/signal"),
 ])  # fmt: skip
 def test_every_switch_changes_what_it_says(name, options, tag, straight, checkpoints, draw_lots, tmp_path):  # noqa: F811
-    before = scalars(straight[name])[tag][1]
-    options = ["--checkpoint", checkpoints["state"], "--iterations", 1, *options.split()]
-    after = scalars(start(tmp_path / "run", f"{name}_pi0", *options))[tag][1]
+    iteration = 2 if "replay" in options else 1  # the first to replay anything
+    before = scalars(straight[name])[tag][iteration]
+    options = ["--checkpoint", checkpoints["state"], "--iterations", iteration, *options.split()]
+    after = scalars(start(tmp_path / "run", f"{name}_pi0", *options))[tag][iteration]
     if tag == "losses/clip_fraction":
         assert before == 0 and after > 0.4  # all of the second pass
     elif tag == "charts/signal":  # of each four episodes the last two, from one initial state, both succeed
