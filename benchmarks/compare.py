@@ -78,12 +78,13 @@ TRIALS = {
     "ppo": ["", "--learning-rate 1e-5 --noise-level 0.5", "--noise-level 0.5", "--noise-level 0.5 --no-bootstrap"],
     "grpo": ["", "--learning-rate 1e-4 --noise-level 0.5", "--noise-level 0.5", "--learning-rate 1e-4"],
     "nft": ["", "--learning-rate 1e-4", "--learning-rate 1e-4 --labels binary", "--learning-rate 1e-4 --beta 0.1",
-            "--ema-start 0.9 --ema-end 0.9", "--draws 16", "--learning-rate 1e-5", "--weighting adaptive"],
+            "--ema-start 0.9 --ema-end 0.9", "--draws 16", "--learning-rate 1e-5", "--weighting adaptive",
+            "--times solver"],
     "rft": ["", "--noise-level 0.3", "--learning-rate 3e-5 --noise-level 0.3", "--noise-level 0.3 --contrast --group-size 4",
             "--learning-rate 3e-5", "--learning-rate 1e-5 --draws 16", "--learning-rate 3e-5 --noise-level 0.7",
-            "--learning-rate 3e-5 --contrast --group-size 4"],
+            "--learning-rate 3e-5 --contrast --group-size 4", "--replay 40"],
 }  # fmt: skip
-"""Algorithm → what --tuning tries, as changes to its plain command, TUNING long: four trials each, and four more for those that no
+"""Algorithm → what --tuning tries, as changes to its plain command, TUNING long: four trials each, and five more for those that no
 trial of the first four had improved."""
 TUNING = f"--iterations 40 --max-minutes 0 --eval-seed {envs.TUNING_SEED}"
 

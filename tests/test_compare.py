@@ -134,7 +134,7 @@ def test_names_fit_the_results_that_are_there(monkeypatch):
 
 def test_tuning_gives_every_algorithm_its_trials_on_other_episodes(root, monkeypatch):
     counts = {name: len(set(trials)) for name, trials in compare.TRIALS.items()}
-    assert counts == dict(stepnft=4, ppo=4, grpo=4, nft=8, rft=8)  # docs/comparison.md says why
+    assert counts == dict(stepnft=4, ppo=4, grpo=4, nft=9, rft=9)  # docs/comparison.md says why
     monkeypatch.setattr(compare, "TRIALS", dict(fake=["", "--rate 1e-5"], other=["--rate 2", "--noise 0.5", "--rate 3"]))
     for name in ("other_pi0", "other_pi05"):
         shutil.copy(root / "algos" / "fake_pi0.py", root / "algos" / f"{name}.py")
