@@ -93,6 +93,7 @@ EQUAL = ("checkpoint", "iterations", "max_minutes", "num_envs", "rollout_epochs"
 """Arguments that have to be the same for a comparison on equal terms; the report names those that are not."""
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's, told apart by everyone
+STYLES = [dict(color=colour, linestyle=line) for line in ("-", "--") for colour in COLOURS]  # of lines, until they repeat
 BEGIN, END = "<!-- results: written by benchmarks/compare.py -->", "<!-- end of results -->"
 
 
@@ -480,8 +481,8 @@ def mean_curve(curves: list[list[dict]], key: str) -> tuple[np.ndarray, np.ndarr
     return x, mean, np.clip(mean - half, 0, 100), np.clip(mean + half, 0, 100)
 
 
-def draw(path: Path, title: str, lines: dict[str, tuple[str, list[dict]]]) -> None:
-    """Success over environment steps and over minutes: a colour and the runs to average for each line, by its name."""
+def draw(path: Path, title: str, lines: dict[str, tuple[dict, list[dict]]]) -> None:
+    """Success over environment steps and over minutes: a style and the runs to average for each line, by its name."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -490,11 +491,11 @@ def draw(path: Path, title: str, lines: dict[str, tuple[str, list[dict]]]) -> No
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.8), sharey=True, layout="constrained")
     labels = "thousand environment steps", "minutes of training"
     for axis, key, scale, label in zip(axes, ("env_steps", "minutes"), (1000, 1), labels):
-        for name, (colour, runs) in lines.items():
+        for name, (style, runs) in lines.items():
             x, mean, low, high = mean_curve([r["curve"] for r in runs], key)
             marker = "o" if len(runs) == 1 else None  # evaluations; a mean's are interpolated
-            axis.plot(x / scale, mean, color=colour, label=name, marker=marker, markersize=3)
-            axis.fill_between(x / scale, low, high, color=colour, alpha=0.15, linewidth=0)
+            axis.plot(x / scale, mean, label=name, marker=marker, markersize=3, **style)
+            axis.fill_between(x / scale, low, high, color=style["color"], alpha=0.15, linewidth=0)
         axis.set(xlabel=label, ylim=(0, 100))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("held-out success, %")
@@ -513,17 +514,17 @@ def report() -> None:
     images, page = ROOT / "docs" / "images", ROOT / "docs" / "comparison.md"
     results, ablations, trials = (load(ROOT / "benchmarks" / "results" / folder) for folder in ("", "ablations", "tuning"))
     place = lambda r: (r["env_id"], r["obs_mode"])
-    colours = dict(zip(dict.fromkeys(r["label"] for r in results), cycle(COLOURS)))
+    styles = dict(zip(dict.fromkeys(r["label"] for r in results), cycle(STYLES)))
     parts = []
     for env_id, mode in sorted({place(r) for r in results + ablations + trials}):
         here, ablated, tried = ([r for r in found if place(r) == (env_id, mode)] for found in (results, ablations, trials))
         task = f"{env_id} ({mode})"
         parts.append(f"### {task}")
         if here:
-            lines = {f"{label}, n = {len(runs)}": (colours[label], runs) for label, runs in by_label(here).items()}
+            lines = {f"{label}, n = {len(runs)}": (styles[label], runs) for label, runs in by_label(here).items()}
             draw(images / f"comparison_{env_id}_{mode}.png", task, lines)
             for label, runs in by_label(here).items():
-                seeds = {f"seed {r['seed']}": (colour, [r]) for r, colour in zip(runs, cycle(COLOURS))}
+                seeds = {f"seed {r['seed']}": (style, [r]) for r, style in zip(runs, cycle(STYLES))}
                 draw(images / f"{label}_{env_id}_{mode}.png", f"{label}, {task}", seeds)
             parts += [summary(here), f"![{task}](images/comparison_{env_id}_{mode}.png)",
                       "Each run, with 95 % Wilson intervals over its episodes:", each_run(here)]  # fmt: skip
