@@ -326,7 +326,7 @@ if __name__ == "__main__":
             note(before)
             print(f"before: {before}")
         start, trained_before_s = time.time() - trained_s, trained_s
-        kept = deque(maxlen=args.replay)  # (prefixes, states, chunks) of earlier iterations' successes
+        kept = deque(maxlen=args.replay)  # of the last iterations' successes: prefixes, states (M, S), chunks (M, H, A)
         bar = tqdm(total=args.iterations, initial=iteration, desc="RFT", smoothing=0.1)
         while iteration < args.iterations and not 0 < 60 * args.max_minutes < trained_s - trained_before_s:
             # ------------------------------------------------------------------ rollout: act with θ, remember chunks
@@ -371,7 +371,7 @@ if __name__ == "__main__":
             b_state, b_x = (torch.cat([c[i] for c in chunks]).clone()[used] for i in (0, 1))  # (M, S), (M, H, A)
             M = len(used)
             del chunks
-            if args.replay > 1 and M:  # as many, drawn from what was kept lately
+            if args.replay > 1 and M:  # M of all that is kept
                 kept.append((stored[used], b_state, b_x))
                 stored = policies.Rows(stored.device)
                 for prefix, _, _ in kept:
