@@ -72,9 +72,9 @@ class Args:
     # update
     update_epochs: int = 1
     """passes over each iteration's successful chunks, each at fresh noise and times"""
-    replay: int = 1
-    """draw the chunks, as many as this iteration's successes have, from the successes of so many of the last iterations: early ones
-    hold the policy near its start. --resume begins with none of them"""
+    replay: int = 40
+    """draw the chunks, as many as this iteration's successes have, from the successes of so many of the last iterations, whose
+    prefixes stay in memory: early ones hold the policy near its start. 1: this iteration's alone. --resume begins with none"""
     num_minibatches: int = 8
     """minibatches per epoch: few and large, as Adam's full-size steps amplify gradient noise"""
     learning_rate: float = 3e-5
