@@ -508,9 +508,35 @@ def draw(path: Path, title: str, lines: dict[str, tuple[dict, list[dict]]]) -> N
     plt.close(figure)
 
 
+def draw_ablations(path: Path, title: str, variants: dict[str, list[dict]]) -> None:
+    """Success after training with its Wilson interval: a row per variant, a point per seed; a line where the first seed started."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7.5, 1.2 + 0.24 * len(variants)), layout="constrained")
+    for row, (label, runs) in enumerate(variants.items()):
+        colour = COLOURS[1] if label == "stepnft-default" else COLOURS[0]
+        for run, offset in zip(runs, np.linspace(-0.25, 0.25, len(runs) + 2)[1:]):
+            success, low, high = 100 * np.array([run["after"]["success"], *run["after"]["interval"]])
+            axis.errorbar(success, row + offset, xerr=[[success - low], [high - success]], fmt="o", markersize=4, color=colour)
+    before = next(iter(variants.values()))[0]["before"]["success"]
+    axis.axvline(100 * before, color="grey", linestyle=":", label="before")
+    axis.set_yticks(range(len(variants)), [label.removeprefix("stepnft-") for label in variants], fontsize=8)
+    axis.set(xlabel="held-out success, %, with 95 % Wilson interval", xlim=(0, 100))
+    axis.invert_yaxis()
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def report() -> None:
-    """Draw docs/images/comparison_<task>_<mode>.png, and <label>_<task>_<mode>.png with the seeds of each algorithm, and write what
-    stands between the marks in docs/comparison.md."""
+    """Draw docs/images/comparison_<task>_<mode>.png, <label>_<task>_<mode>.png with the seeds of each algorithm, and
+    ablations_<task>_<mode>.png, and write what stands between the marks in docs/comparison.md."""
     images, page = ROOT / "docs" / "images", ROOT / "docs" / "comparison.md"
     results, ablations, trials = (load(ROOT / "benchmarks" / "results" / folder) for folder in ("", "ablations", "tuning"))
     place = lambda r: (r["env_id"], r["obs_mode"])
@@ -531,7 +557,8 @@ def report() -> None:
             if table := out_of_distribution(here):
                 parts += ["Out of distribution, before → after:", table]
         if ablated:
-            parts += [f"Ablations, {task}:", each_variant(ablated)]
+            draw_ablations(images / f"ablations_{env_id}_{mode}.png", f"ablations of StepNFT, {task}", by_label(ablated))
+            parts += [f"Ablations, {task}:", each_variant(ablated), f"![ablations, {task}](images/ablations_{env_id}_{mode}.png)"]
         if tried:
             parts += [f"Tuning trials, {task}, on the tuning episodes:", summary(tried)]
         parts += [f"Not the same in all runs: {'; '.join(d)}." for runs in (here, ablated, tried) if (d := unequal(runs))]

@@ -372,7 +372,7 @@ def test_report_separates_algorithms_ablations_and_trials(root):
         wmse.format(1), wmse.format(2), "python algos/ppo_pi0.py --learning-rate 1",
     ]  # fmt: skip
     assert sorted(path.name for path in (root / "docs" / "images").iterdir()) == [
-        "comparison_Task-v1_state.png", "ppo_Task-v1_state.png", "stepnft_Task-v1_state.png",
+        "ablations_Task-v1_state.png", "comparison_Task-v1_state.png", "ppo_Task-v1_state.png", "stepnft_Task-v1_state.png",
     ]  # fmt: skip
     compare.report()
     assert (root / "docs" / "comparison.md").read_text() == text
