@@ -71,7 +71,7 @@ class Args:
 
     # update
     update_epochs: int = 1
-    """passes over each iteration's successful chunks, each at fresh noise and times"""
+    """passes over the chunks of an iteration's update, each at fresh noise and times"""
     replay: int = 40
     """draw the chunks, as many as this iteration's successes have, from the successes of so many of the last iterations, whose
     prefixes stay in memory: early ones hold the policy near its start. 1: this iteration's alone. --resume begins with none"""
