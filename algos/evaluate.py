@@ -12,6 +12,7 @@ import shlex
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,7 +27,7 @@ from tqdm import tqdm
 import envs
 import policies
 from envs import films, libero, ood, report
-from envs.evaluation import Evaluation, evaluate, summarise
+from envs.evaluation import Evaluation, evaluate, over_seeds, summarise
 
 
 @dataclass
@@ -37,7 +38,8 @@ class Args:
     """id: the task itself; ood: all its variants, or only those of a family (vision, semantic, execution) or of a name such as
     vision-table_color-1. LIBERO: suites such as libero_object; id: the checkpoints' own, ood: LIBERO-PRO's versions of it"""
     labels: tuple[str, ...] = ()
-    """what the checkpoints are called in the report, one name each; default: by their folders"""
+    """what the checkpoints are called in the report, one name each; default: by their folders. Checkpoints of the same name are
+    several trainings of an algorithm: the report shows their mean too, with what training leaves to chance as its interval"""
     env_id: str | None = None
     """ManiSkill task, LIBERO suite or one of its tasks; default: the one that the checkpoints were trained on"""
     obs_mode: Literal["rgb", "state"] | None = None
@@ -78,6 +80,8 @@ class Contestant:
     """A checkpoint under evaluation."""
 
     label: str
+    group: str
+    """the label that it shares with other trainings of its algorithm"""
     name: str
     """as given"""
     folder: Path
@@ -96,6 +100,11 @@ def default_labels(names: tuple[str, ...]) -> list[str]:
     short = {"policy": "{}", "rollout_policy": "{} (θ_old)"}
     labels = [short[path.name].format(path.parent.name) if path.name in short and path.parent.name else path.name for path in paths]
     return labels if len(set(labels)) == len(labels) else list(names)
+
+
+def numbered(names: Sequence[str]) -> list[str]:
+    """Repeated names with a number each: A, B, B → A, B 1, B 2."""
+    return [f"{name} {names[: i + 1].count(name)}" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
 def digest(folder: Path) -> str:
@@ -218,8 +227,8 @@ def check(args: Args) -> None:
             raise envs.EnvError(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
     if args.eval_seed + args.episodes > 2**32:
         raise envs.EnvError(f"--eval-seed {args.eval_seed} leaves no {args.episodes} seeds below 2^32")
-    if args.labels and not len(args.labels) == len(set(args.labels)) == len(args.checkpoints):
-        raise envs.EnvError(f"--labels takes a name for each of the {len(args.checkpoints)} checkpoints, all different")
+    if args.labels and (len(args.labels) != len(args.checkpoints) or len(set(numbered(args.labels))) < len(args.labels)):
+        raise envs.EnvError(f"--labels takes one for each of the {len(args.checkpoints)} checkpoints, none like 'A 1' beside 'A'")
     if not args.suites:
         raise envs.EnvError("--suites needs at least one of id and ood")
     if args.device not in ("auto", "cpu", "cuda") or (args.device == "cuda" and not torch.cuda.is_available()):
@@ -235,15 +244,15 @@ if __name__ == "__main__":
 
         # Checkpoints
         contestants = []
-        labels = list(args.labels) or default_labels(args.checkpoints)
-        for label, name in zip(labels, tqdm(args.checkpoints, desc="loading checkpoints", leave=False)):
+        groups = list(args.labels) or default_labels(args.checkpoints)
+        for label, group, name in zip(numbered(groups), groups, tqdm(args.checkpoints, desc="loading checkpoints", leave=False)):
             folder = policies.checkpoint.find(name)
             policy = policies.load(name, device, getattr(torch, args.dtype)).eval()
             execute = args.execute or policy.meta.get("execute", policy.config.horizon)
             if execute > policy.config.horizon:
                 raise envs.EnvError(f"--execute {execute} is longer than the {policy.config.horizon} actions that {name} predicts")
             num_steps = args.num_steps or policy.meta.get("num_steps", policy.config.num_steps)
-            contestants.append(Contestant(label, name, folder, policy, digest(folder), execute, num_steps))
+            contestants.append(Contestant(label, group, name, folder, policy, digest(folder), execute, num_steps))
         if len({c.digest for c in contestants}) < len(contestants):
             raise envs.EnvError("two of the checkpoints are the same: give each once")
         modes = {c.label: c.policy.meta.get("obs_mode", "rgb" if c.policy.config.num_cameras else "state") for c in contestants}
@@ -310,6 +319,7 @@ if __name__ == "__main__":
                         return dict(data)
             return None
 
+        colours = {c.label: list(dict.fromkeys(groups)).index(c.group) for c in contestants}
         outcomes: dict[str, dict[str, Evaluation]] = {c.label: {} for c in contestants}
         shown: list[report.Film] = []
 
@@ -323,8 +333,9 @@ if __name__ == "__main__":
                         for seed, success, steps in zip(result.seeds, result.success, result.steps):
                             rows.writerow([label, name, environments[name], seed, int(success), steps])
             described = [
-                dict(label=c.label, checkpoint=c.name, type=c.policy.config.type, execute=c.execute, num_steps=c.num_steps,
-                     parameters=sum(p.numel() for p in c.policy.parameters()), sha256=c.digest) for c in contestants
+                dict(label=c.label, group=c.group, checkpoint=c.name, type=c.policy.config.type, execute=c.execute,
+                     num_steps=c.num_steps, parameters=sum(p.numel() for p in c.policy.parameters()), sha256=c.digest)
+                for c in contestants
             ]  # fmt: skip
             rows = summarise(outcomes, environments, environments.values() if in_libero else ())
             results = dict(
@@ -332,6 +343,8 @@ if __name__ == "__main__":
                 episodes=episodes, eval_seed=args.eval_seed, num_envs=num_envs, rows=rows,
                 checkpoints=described, versions=dict(python=sys.version.split()[0], **versions),
             )  # fmt: skip
+            if len(set(groups)) < len(groups):
+                results["group_rows"] = over_seeds(rows, report.groups(results))
             (output / "results.json").write_text(json.dumps(results, indent=2))
             (output / "table.md").write_text(report.markdown(results))
             (output / "report.html").write_text(report.html(results, curves, shown))
@@ -367,7 +380,7 @@ if __name__ == "__main__":
                         told = [actions[i, : result.steps[i]] for i in numbers]
                         again = (venv, result.seeds[numbers], told, result.success[numbers])
                         tiles = films.replay(*again, progress=f"video of {name}")
-                        replayed.append((text, report.rgb(labels.index(label)), tiles))
+                        replayed.append((text, report.rgb(colours[label]), tiles))
                     films.write(film.path, venv.instruction, replayed)
                 shown.append(film)
             if venv:

@@ -130,6 +130,43 @@ def summarise(
     return table
 
 
+def over_seeds(rows: list[dict], groups: dict[str, list[str]]) -> list[dict]:
+    """The rows of `summarise` with several trainings of an algorithm taken together.
+
+    groups: name → policies, the first group being the baseline. Each row has by group the mean success of its policies, the 95 %
+    t-interval of that mean, lowest and highest, and how many they are; but for the first group also the difference to it, with
+    Welch's t-interval and p. These are about what training leaves to chance, on the same episodes. A group of one policy is taken
+    as it is. Intervals and p are None where nothing varies.
+    """
+    from scipy.stats import t
+
+    def inference(centre: float, *samples: np.ndarray) -> tuple[tuple[float, float] | None, float | None]:
+        """Interval and p-value of a mean, or of a difference of means, from the samples that have a spread."""
+        shares = np.array([(rates.var(ddof=1) / len(rates), len(rates) - 1) for rates in samples if len(rates) > 1])
+        error = math.sqrt(shares[:, 0].sum()) if len(shares) else 0.0
+        if not error:
+            return None, None
+        freedom = error**4 / (shares[:, 0] ** 2 / shares[:, 1]).sum()
+        half = t.ppf(0.975, freedom) * error
+        return (centre - half, centre + half), float(2 * t.sf(abs(centre) / error, freedom))
+
+    table = []
+    for row in rows:
+        policies, baseline = {}, None
+        for group, members in groups.items():
+            rates = np.array([row["policies"][member]["success"] for member in members])
+            interval, _ = inference(mean := float(rates.mean()), rates)
+            interval = interval and (max(0.0, interval[0]), min(1.0, interval[1]))
+            policies[group] = dict(success=mean, interval=interval, low=rates.min(), high=rates.max(), policies=len(rates))
+            if baseline is None:
+                baseline = rates
+            else:
+                interval, p = inference(difference := mean - float(baseline.mean()), rates, baseline)
+                policies[group] |= dict(difference=difference, difference_interval=interval, p=p)
+        table.append(row | dict(policies=policies))
+    return table
+
+
 def plot_curve(curve: list[dict], path: str | Path, title: str) -> None:
     """Success with its 95 % interval over environment steps, and over minutes of training, as a PNG.
 

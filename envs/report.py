@@ -1,7 +1,8 @@
 """What an evaluation found, as Markdown and as one HTML file that needs nothing else: tables, charts, videos. Knows no policy.
 
 `results`, as `algos/evaluate.py` writes it to results.json: env_id, obs_mode, episodes, eval_seed, num_envs; checkpoints, a list of
-dicts with a label each, the first being the baseline; rows of `envs.evaluation.summarise`; command, versions and date.
+dicts with a label each, the first being the baseline, and the group that a training belongs to; rows of
+`envs.evaluation.summarise`; group_rows of `envs.evaluation.over_seeds` where a group has several; command, versions and date.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from envs.libero import is_libero
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
 """Of the checkpoints, in order (Okabe and Ito's, which colour-blind readers can tell apart)."""
 FAMILIES = dict(id="in distribution", vision="vision", semantic="semantic", execution="execution", ood="OOD mean")
+Labels = dict[str, int]
+"""Policies in their order, and the number of the colour of each: seeds of an algorithm share theirs."""
 STRENGTHS = {"1": "mild", "2": "strong"}
 VIDEO_BUDGET = 11_000_000
 """Bytes of video that a report holds; base64 makes them a third more. Further films are named only."""
@@ -67,42 +70,53 @@ def signed(value: float) -> str:
     return f"{100 * value:+.1f}".replace("-", "−")
 
 
-def p_value(p: float) -> str:
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.9995 else "p = 1"
+def p_value(p: float | None) -> str:
+    return "" if p is None else "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.9995 else "p = 1"
 
 
-def headline(results: dict) -> list[dict]:
+def headline(rows: list[dict]) -> list[dict]:
     """In distribution, each family's mean, and the mean over families; whatever there is, where that is none of them."""
-    rows = results["rows"]
     return [row for row in rows if row["kind"] != "environment" or row["family"] == "id"] or rows
 
 
-def variants(results: dict) -> dict[str, list[dict]]:
+def variants(rows: list[dict]) -> dict[str, list[dict]]:
     """The out-of-distribution environments by family."""
     found: dict[str, list[dict]] = {}
-    for row in results["rows"]:
+    for row in rows:
         if row["kind"] == "environment" and row["family"] != "id":
             found.setdefault(row["family"], []).append(row)
     return found
 
 
+def between(interval: tuple[float, float] | None, form) -> str:
+    return f"[{form(interval[0])}, {form(interval[1])}]" if interval else ""
+
+
+def groups(results: dict) -> dict[str, list[str]]:
+    """The checkpoints' labels by group: the trainings of an algorithm, or a checkpoint by itself."""
+    found: dict[str, list[str]] = {}
+    for checkpoint in results["checkpoints"]:
+        found.setdefault(checkpoint.get("group", checkpoint["label"]), []).append(checkpoint["label"])
+    return found
+
+
 def success(row: dict, label: str) -> tuple[str, str]:
     """A policy's success and its interval."""
-    low, high = row["policies"][label]["interval"]
-    return percent(row["policies"][label]["success"]), f"[{percent(low)}, {percent(high)}]"
+    policy = row["policies"][label]
+    return percent(policy["success"]), between(policy["interval"], percent)
 
 
 def difference(row: dict, label: str) -> tuple[str, str, str]:
     """Its difference to the first policy, the interval, and the p-value."""
     policy = row["policies"][label]
-    low, high = policy["difference_interval"]
-    return signed(policy["difference"]), f"[{signed(low)}, {signed(high)}]", p_value(policy["p"])
+    return signed(policy["difference"]), between(policy["difference_interval"], signed), p_value(policy["p"])
 
 
 def explanation(results: dict) -> list[str]:
     """How the numbers are made, in sentences."""
     seed, episodes, labels = results["eval_seed"], results["episodes"], [c["label"] for c in results["checkpoints"]]
     families = [row for row in results["rows"] if row["kind"] == "family"]
+    several = {group: members for group, members in groups(results).items() if len(members) > 1}
     out = [
         f"Success once within the episode's limit, in %, over {episodes} episodes per environment "
         f"(seeds {seed} to {seed + episodes - 1}, the same for every checkpoint), with 95 % Wilson intervals."
@@ -112,6 +126,13 @@ def explanation(results: dict) -> list[str]:
             f"Differences are to {labels[0]}, in percentage points, paired by seed, with 95 % intervals (Agresti and Min). p is "
             "that of the exact McNemar test, and for means over environments of the exact sign-flip test over seeds, which is the "
             "same test where there is one environment. No correction is made for the number of rows."
+        )
+    if several:
+        listed = ", ".join(f"{group} ({len(members)})" for group, members in several.items())
+        out.append(
+            f"Means over trainings, {listed}, have 95 % t-intervals, and differences to {next(iter(groups(results)))} Welch's "
+            "t-interval and test: these are about what training leaves to chance, on the same episodes. A single checkpoint is "
+            "taken as it is."
         )
     if families and is_libero(results["env_id"]):
         fixed = results["eval_seed"] >= EVAL_SEED
@@ -133,17 +154,20 @@ def explanation(results: dict) -> list[str]:
 def markdown(results: dict) -> str:
     """The tables of a report, for a README or an issue."""
     labels = [checkpoint["label"] for checkpoint in results["checkpoints"]]
-    header = ["", *labels, *(f"{label} − {labels[0]}" for label in labels[1:])]
 
-    def table(rows: list[dict]) -> str:
+    def table(rows: list[dict], labels: list[str]) -> str:
+        header = ["", *labels, *(f"{label} − {labels[0]}" for label in labels[1:])]
         lines = [header, ["---", *["---:"] * (len(header) - 1)]]
-        lines += [[row_name(row), *(" ".join(success(row, label)) for label in labels),
-                   *(" ".join(difference(row, label)) for label in labels[1:])] for row in rows]  # fmt: skip
+        lines += [[row_name(row), *(" ".join(success(row, label)).strip() for label in labels),
+                   *(" ".join(difference(row, label)).strip() for label in labels[1:])] for row in rows]  # fmt: skip
         return "\n".join("| " + " | ".join(entry.replace("|", "\\|") for entry in line) + " |" for line in lines)
 
-    parts = [f"## {results['env_id']} ({results['obs_mode']})", table(headline(results))]
-    for family, rows in variants(results).items():
-        parts += [f"### {family_name(family)}", table(rows)]
+    parts = [f"## {results['env_id']} ({results['obs_mode']})"]
+    if "group_rows" in results:
+        parts += [table(headline(results["group_rows"]), list(groups(results))), "### Each checkpoint"]
+    parts.append(table(headline(results["rows"]), labels))
+    for family, rows in variants(results["rows"]).items():
+        parts += [f"### {family_name(family)}", table(rows, labels)]
     return "\n\n".join([*parts, "\n".join(explanation(results)), f"```\n{results['command']}\n```"]) + "\n"
 
 
@@ -213,9 +237,9 @@ def soft(text: str) -> str:
     return tag("p", escape(text), class_="soft")
 
 
-def legend(labels: list[str], shown: Collection[str] | None = None) -> str:
+def legend(labels: Labels, shown: Collection[str] | None = None) -> str:
     """Which colour is whose, where there are several: of all, or of those in the chart."""
-    entries = [tag("span", swatch(i), escape(label)) for i, label in enumerate(labels) if label in (shown or labels)]
+    entries = [tag("span", swatch(i), escape(label)) for label, i in labels.items() if label in (shown or labels)]
     return tag("div", *entries, class_="legend") if len(labels) > 1 else ""
 
 
@@ -224,12 +248,13 @@ def definitions(entries: dict) -> str:
     return tag("dl", *(tag("dt", escape(key.replace("_", " "))) + tag("dd", escape(text(value))) for key, value in entries.items()))
 
 
-def tables(rows: list[dict], labels: list[str]) -> str:
+def tables(rows: list[dict], labels: Labels) -> str:
     """Success of every policy, and below it the differences to the first."""
+    first, *others = labels
 
     def table(title: str, entries, policies: list[str]) -> str:
         columns = len(entries(rows[0], policies[0]))
-        head = [tag("th", swatch(labels.index(policy)), escape(policy), colspan=columns) for policy in policies]
+        head = [tag("th", swatch(labels[policy]), escape(policy), colspan=columns) for policy in policies]
         body = []
         for row in rows:
             line = tag("th", escape(row_name(row)), scope="row")
@@ -239,11 +264,11 @@ def tables(rows: list[dict], labels: list[str]) -> str:
         head = tag("thead", tag("tr", tag("th", escape(title)), *head))
         return tag("div", tag("table", head, tag("tbody", *body)), class_="scroll")
 
-    out = table("Success, %", success, labels)
-    return out + (table(f"Against {labels[0]}, points", difference, labels[1:]) if len(labels) > 1 else "")
+    out = table("Success, %", success, list(labels))
+    return out + (table(f"Against {first}, points", difference, others) if others else "")
 
 
-def bars(rows: list[dict], labels: list[str]) -> str:
+def bars(rows: list[dict], labels: Labels) -> str:
     """A bar per policy and row, with its interval. Horizontal places are percentages, so that the chart fits any width."""
     thick, gap, title = 13, 6, 22
     group = title + len(labels) * (thick + gap) + 8
@@ -257,19 +282,21 @@ def bars(rows: list[dict], labels: list[str]) -> str:
         for i, label in enumerate(labels):
             y = r * group + title + i * (thick + gap)
             middle = y + thick / 2
-            rate, low, high = (f"{100 * v:.2f}%" for v in (row["policies"][label]["success"], *row["policies"][label]["interval"]))
-            numbers = " ".join(success(row, label))
-            parts += [
-                tag("rect", tag("title", escape(label)), x=0, y=y, width=rate, height=thick, rx=2, fill=colour(i)),
-                tag("line", class_="whisker", x1=low, x2=high, y1=middle, y2=middle),
-                *(tag("line", class_="whisker", x1=x, x2=x, y1=middle - 3.5, y2=middle + 3.5) for x in (low, high)),
-                tag("text", numbers, x="100%", dx=138, y=middle + 4, text_anchor="end"),
-            ]
+            place = lambda value: f"{100 * value:.2f}%"
+            policy, numbers = row["policies"][label], " ".join(success(row, label))
+            rate, interval = place(policy["success"]), policy["interval"]
+            fill = colour(labels[label])
+            parts.append(tag("rect", tag("title", escape(label)), x=0, y=y, width=rate, height=thick, rx=2, fill=fill))
+            if interval:
+                low, high = map(place, interval)
+                ends = (tag("line", class_="whisker", x1=x, x2=x, y1=middle - 3.5, y2=middle + 3.5) for x in (low, high))
+                parts += [tag("line", class_="whisker", x1=low, x2=high, y1=middle, y2=middle), *ends]
+            parts.append(tag("text", numbers, x="100%", dx=138, y=middle + 4, text_anchor="end"))
     chart = tag("svg", *parts, class_="chart", role="img", aria_label="success in %", width="100%", height=height + 24)
     return tag("div", chart, class_="bars")
 
 
-def learning_curves(curves: dict[str, list[dict]], labels: list[str]) -> str:
+def learning_curves(curves: dict[str, list[dict]], labels: Labels) -> str:
     """Success over environment steps with Wilson intervals, of the policies that have a curve."""
     end = max(point["env_steps"] for curve in curves.values() for point in curve) or 1
     tick = next(step for step in (m * 10**e for e in range(12) for m in (1, 2, 5)) if end / step <= 4)
@@ -280,7 +307,7 @@ def learning_curves(curves: dict[str, list[dict]], labels: list[str]) -> str:
     for value in range(0, int(end) + 1, tick):
         parts.append(tag("text", f"{value:,}", class_="soft", x=f"{100 * value / end}%", y="100%", dy=18, text_anchor="middle"))
     for label, curve in curves.items():
-        paint = colour(labels.index(label))
+        paint = colour(labels[label])
         xs = [100 * point["env_steps"] / end for point in curve]
         ends = [wilson(point["success"] * point["episodes"], point["episodes"]) for point in curve]
         middle, low, high = ([(x, 100 - 100 * y) for x, y in zip(xs, ys)] for ys in ([p["success"] for p in curve], *zip(*ends)))
@@ -313,7 +340,9 @@ def videos(films: Sequence[Film]) -> str:
 
 def summary(results: dict) -> str:
     """The finding in a sentence or two."""
-    labels, rows = [checkpoint["label"] for checkpoint in results["checkpoints"]], headline(results)
+    labels, rows = [checkpoint["label"] for checkpoint in results["checkpoints"]], headline(results["rows"])
+    if "group_rows" in results:
+        labels, rows = list(groups(results)), headline(results["group_rows"])
     sentences = []
     for row in [row for row in rows if row["family"] == "id" or row["kind"] == "ood"] or rows[:1]:
         found = []
@@ -321,7 +350,7 @@ def summary(results: dict) -> str:
             text = f"{escape(label)} {tag('b', success(row, label)[0], '&nbsp;%')}"
             if label != labels[0]:
                 points, _, p = difference(row, label)
-                text += f" ({points}, {escape(p)})".replace(" ", "&nbsp;")
+                text += f" ({', '.join(filter(None, (points, escape(p))))})".replace(" ", "&nbsp;")
             found.append(text)
         where = row_name(row) if row["name"] != "OOD mean" else "Out of distribution, mean over families"
         sentences.append(tag("p", f"{where}: {', '.join(found)}."))
@@ -330,32 +359,38 @@ def summary(results: dict) -> str:
 
 def html(results: dict, curves: dict[str, list[dict]], films: Sequence[Film]) -> str:
     """The report. curves: learning curves ("env_steps", "success", "episodes") of the checkpoints that have one, by label."""
-    labels = [checkpoint["label"] for checkpoint in results["checkpoints"]]
+    algorithms = {group: i for i, group in enumerate(groups(results))}
+    labels = {label: algorithms[group] for group, members in groups(results).items() for label in members}
     environments = sum(row["kind"] == "environment" for row in results["rows"])
     count = lambda n, word: f"{n} {word}{'s' * (n != 1)}"
     facts = [count(len(labels), "checkpoint"), count(environments, "environment"), count(results["episodes"], "episode") + " each"]
     title = f"{results['env_id']} ({results['obs_mode']})"
     first, *more = explanation(results)
-    parts = [
-        tag("h1", escape(title)), soft(" · ".join([*facts, results["date"]])), summary(results),
-        tag("h2", "Success"), tables(headline(results), labels), legend(labels), bars(headline(results), labels), soft(first),
-    ]  # fmt: skip
+    whole = lambda rows, labels: tables(rows, labels) + legend(labels) + bars(rows, labels)
+    parts = [tag("h1", escape(title)), soft(" · ".join([*facts, results["date"]])), summary(results), tag("h2", "Success")]
+    if seeds := results.get("group_rows"):
+        parts += [whole(headline(seeds), algorithms),
+                  tag("details", tag("summary", "Each checkpoint"), whole(headline(results["rows"]), labels))]  # fmt: skip
+    else:
+        parts.append(whole(headline(results["rows"]), labels))
+    parts.append(soft(first))
     if more:
         parts.append(tag("details", tag("summary", "How the numbers are made"), *map(soft, more)))
     if curves:
         parts += [tag("h2", "Learning curves"), legend(labels, curves), learning_curves(curves, labels),
                   soft("As the runs evaluated themselves in distribution while training, with 95 % Wilson intervals.")]  # fmt: skip
-    if groups := variants(results):
-        parts += [tag("h2", "Each task" if is_libero(results["env_id"]) else "Out of distribution, each variant"), legend(labels)]
-        for family, rows in groups.items():
-            parts += [tag("h3", escape(family_name(family))), bars(rows, labels),
+    drawn, names = (seeds, algorithms) if seeds else (results["rows"], labels)
+    if families := variants(drawn):
+        parts += [tag("h2", "Each task" if is_libero(results["env_id"]) else "Out of distribution, each variant"), legend(names)]
+        for (family, shown), rows in zip(families.items(), variants(results["rows"]).values()):
+            parts += [tag("h3", escape(family_name(family))), bars(shown, names),
                       tag("details", tag("summary", "As a table"), tables(rows, labels))]  # fmt: skip
     if films:
         parts += [tag("h2", "Videos"), videos(films)]
     parts += [tag("h2", "How this was made"), tag("pre", escape(results["command"]))]
-    for i, checkpoint in enumerate(results["checkpoints"]):
-        entries = {key: value for key, value in checkpoint.items() if key != "label"}
-        parts += [tag("h3", swatch(i), escape(checkpoint["label"])), definitions(entries)]
+    for checkpoint in results["checkpoints"]:
+        entries = {key: value for key, value in checkpoint.items() if key not in ("label", "group")}
+        parts += [tag("h3", swatch(labels[checkpoint["label"]]), escape(checkpoint["label"])), definitions(entries)]
     parts += [tag("h3", "Versions"), definitions(results["versions"])]
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'

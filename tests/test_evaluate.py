@@ -14,14 +14,14 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import tyro
-from scipy.stats import binomtest
+from scipy.stats import binomtest, ttest_1samp, ttest_ind
 from test_main import checkpoints, one_thread, only_run, refusal, run  # noqa: F401 (two are fixtures)
 
 import envs
 import envs.evaluation
 from algos import evaluate
 from envs import films, ood, report
-from envs.evaluation import Evaluation, compare, rate_interval, summarise, wilson
+from envs.evaluation import Evaluation, compare, over_seeds, rate_interval, summarise, wilson
 
 TASK = "PickCube-v1"
 SFT = "pi0-tiny-pickcube-state"
@@ -116,6 +116,26 @@ def test_families_weigh_alike_whatever_their_size():
     assert [row["name"] for row in only] == [TASK]
 
 
+def test_seeds_of_an_algorithm_are_a_sample_of_its_trainings():
+    rng = np.random.default_rng(0)
+    labels = ("SFT", "A 1", "A 2", "A 3", "B 1", "B 2")
+    outcomes = {label: {TASK: outcome(rng.random(40) < 0.3 + 0.1 * i)} for i, label in enumerate(labels)}
+    rates = {label: found[TASK].rate for label, found in outcomes.items()}
+    groups = {"A": ["A 1", "A 2", "A 3"], "B": ["B 1", "B 2"], "SFT": ["SFT"]}
+    (row,) = over_seeds(summarise(outcomes, {TASK: "id"}), groups)
+    a, b = ([rates[label] for label in groups[name]] for name in "AB")
+    found = row["policies"]
+    assert found["A"]["interval"] == pytest.approx(ttest_1samp(a, 0).confidence_interval())
+    welch = ttest_ind(b, a, equal_var=False)
+    assert found["B"]["p"] == pytest.approx(welch.pvalue) and "p" not in found["A"]
+    assert found["B"]["difference_interval"] == pytest.approx(welch.confidence_interval())
+    assert found["B"]["difference"] == pytest.approx(np.mean(b) - np.mean(a))
+    assert found["SFT"]["interval"] is None  # one training tells nothing about others
+    assert found["SFT"]["p"] == pytest.approx(ttest_1samp(a, rates["SFT"]).pvalue)
+    (row,) = over_seeds(summarise({label: outcomes["SFT"] for label in labels}, {TASK: "id"}), groups)
+    assert row["policies"]["B"]["p"] is row["policies"]["B"]["difference_interval"] is None  # where nothing varies
+
+
 # ---------------------------------------------------------------------------------------------------------------- the choices
 
 
@@ -135,6 +155,10 @@ def test_checkpoints_go_by_their_runs():
     labels = evaluate.default_labels(("pi0-tiny-pickcube-rgb", "runs/ppo-1/policy", "runs/nft-1/rollout_policy", "there/sft/"))
     assert labels == ["pi0-tiny-pickcube-rgb", "ppo-1", "nft-1 (θ_old)", "sft"]
     assert evaluate.default_labels(("a/sft", "b/sft")) == ["a/sft", "b/sft"]
+
+
+def test_repeated_labels_are_numbered():
+    assert evaluate.numbered(("SFT", "PPO", "NFT", "PPO")) == ["SFT", "PPO 1", "NFT", "PPO 2"]
 
 
 def test_films_show_the_first_episodes_and_the_best_and_worst():
@@ -157,6 +181,7 @@ def test_films_show_the_first_episodes_and_the_best_and_worst():
         (dict(render_best_of=-1), "--render-best-of"),
         (dict(eval_seed=2**32), "--eval-seed"),
         (dict(labels=("one", "two")), "--labels"),
+        (dict(checkpoints=("a", "b", "c"), labels=("A", "A 1", "A")), "none like 'A 1' beside 'A'"),
         (dict(suites=()), "--suites"),
         (dict(device="gpu"), "--device"),
     ],
@@ -238,6 +263,20 @@ def test_the_page_needs_nothing_else_and_believes_no_label(tmp_path):
         assert source.startswith("data:")
     assert "http" not in page and "url(" not in page and "@import" not in page and "<script" not in page
     assert "Learning curves" in page and "Learning curves" not in report.html(made_up_results(), {}, [])
+
+
+def test_a_report_takes_seeds_of_an_algorithm_together():
+    results = made_up_results(("SFT", "A 1", "A 2"))
+    for checkpoint, group in zip(results["checkpoints"], "SAA"):
+        checkpoint["group"] = group
+    assert report.groups(results) == {"S": ["SFT"], "A": ["A 1", "A 2"]}
+    results["group_rows"] = over_seeds(results["rows"], report.groups(results))
+    policy = results["group_rows"][0]["policies"]["A"]
+    mean = f"{100 * policy['success']:.1f} [{100 * policy['interval'][0]:.1f}, "
+    text, page = report.markdown(results), report.html(results, {}, [])
+    assert text.index("| A − S |") < text.index(mean) < text.index("### Each checkpoint") < text.index("A 2 − SFT")
+    assert "Means over trainings, A (2)" in text and mean in page and "Each checkpoint" in page
+    assert report.swatch(1) + "A 2" in page and report.swatch(2) not in page  # one colour for the seeds of an algorithm
 
 
 def test_films_beyond_the_budget_are_named_instead(tmp_path):
