@@ -156,12 +156,13 @@ def over_seeds(rows: list[dict], groups: dict[str, list[str]]) -> list[dict]:
         for group, members in groups.items():
             rates = np.array([row["policies"][member]["success"] for member in members])
             interval, _ = inference(mean := float(rates.mean()), rates)
-            interval = interval and (max(0.0, interval[0]), min(1.0, interval[1]))
+            interval = interval and tuple(np.clip(interval, 0, 1).tolist())
             policies[group] = dict(success=mean, interval=interval, low=rates.min(), high=rates.max(), policies=len(rates))
             if baseline is None:
                 baseline = rates
             else:
                 interval, p = inference(difference := mean - float(baseline.mean()), rates, baseline)
+                interval = interval and tuple(np.clip(interval, -1, 1).tolist())
                 policies[group] |= dict(difference=difference, difference_interval=interval, p=p)
         table.append(row | dict(policies=policies))
     return table

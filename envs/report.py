@@ -100,6 +100,11 @@ def groups(results: dict) -> dict[str, list[str]]:
     return found
 
 
+def has_baseline(results: dict) -> bool:
+    """Whether differences to the first checkpoint tell something: not if it is one of an algorithm's trainings."""
+    return len(next(iter(groups(results).values()))) == 1
+
+
 def success(row: dict, label: str) -> tuple[str, str]:
     """A policy's success and its interval."""
     policy = row["policies"][label]
@@ -119,20 +124,21 @@ def explanation(results: dict) -> list[str]:
     several = {group: members for group, members in groups(results).items() if len(members) > 1}
     out = [
         f"Success once within the episode's limit, in %, over {episodes} episodes per environment "
-        f"(seeds {seed} to {seed + episodes - 1}, the same for every checkpoint), with 95 % Wilson intervals."
+        f"(seeds {seed} to {seed + episodes - 1}, the same for every checkpoint), with 95 % Wilson intervals"
+        f"{' of each checkpoint' * bool(several)}."
     ]
-    if len(labels) > 1:
+    if several:
+        listed = ", ".join(f"{group} ({len(members)})" for group, members in several.items())
+        out[0] += (
+            f" Means over trainings, {listed}, have 95 % t-intervals, and differences to {next(iter(groups(results)))} Welch's "
+            "t-interval and test: these are about what training leaves to chance, on the same episodes. A single checkpoint is "
+            "taken as it is."
+        )
+    if len(labels) > 1 and has_baseline(results):
         out.append(
             f"Differences are to {labels[0]}, in percentage points, paired by seed, with 95 % intervals (Agresti and Min). p is "
             "that of the exact McNemar test, and for means over environments of the exact sign-flip test over seeds, which is the "
             "same test where there is one environment. No correction is made for the number of rows."
-        )
-    if several:
-        listed = ", ".join(f"{group} ({len(members)})" for group, members in several.items())
-        out.append(
-            f"Means over trainings, {listed}, have 95 % t-intervals, and differences to {next(iter(groups(results)))} Welch's "
-            "t-interval and test: these are about what training leaves to chance, on the same episodes. A single checkpoint is "
-            "taken as it is."
         )
     if families and is_libero(results["env_id"]):
         fixed = results["eval_seed"] >= EVAL_SEED
@@ -155,19 +161,21 @@ def markdown(results: dict) -> str:
     """The tables of a report, for a README or an issue."""
     labels = [checkpoint["label"] for checkpoint in results["checkpoints"]]
 
-    def table(rows: list[dict], labels: list[str]) -> str:
-        header = ["", *labels, *(f"{label} − {labels[0]}" for label in labels[1:])]
+    def table(rows: list[dict], labels: list[str], others: list[str]) -> str:
+        header = ["", *labels, *(f"{label} − {labels[0]}" for label in others)]
         lines = [header, ["---", *["---:"] * (len(header) - 1)]]
         lines += [[row_name(row), *(" ".join(success(row, label)).strip() for label in labels),
-                   *(" ".join(difference(row, label)).strip() for label in labels[1:])] for row in rows]  # fmt: skip
+                   *(" ".join(difference(row, label)).strip() for label in others)] for row in rows]  # fmt: skip
         return "\n".join("| " + " | ".join(entry.replace("|", "\\|") for entry in line) + " |" for line in lines)
 
     parts = [f"## {results['env_id']} ({results['obs_mode']})"]
     if "group_rows" in results:
-        parts += [table(headline(results["group_rows"]), list(groups(results))), "### Each checkpoint"]
-    parts.append(table(headline(results["rows"]), labels))
+        names = list(groups(results))
+        parts += [table(headline(results["group_rows"]), names, names[1:]), "### Each checkpoint"]
+    others = labels[1:] if has_baseline(results) else []
+    parts.append(table(headline(results["rows"]), labels, others))
     for family, rows in variants(results["rows"]).items():
-        parts += [f"### {family_name(family)}", table(rows, labels)]
+        parts += [f"### {family_name(family)}", table(rows, labels, others)]
     return "\n\n".join([*parts, "\n".join(explanation(results)), f"```\n{results['command']}\n```"]) + "\n"
 
 
@@ -248,7 +256,7 @@ def definitions(entries: dict) -> str:
     return tag("dl", *(tag("dt", escape(key.replace("_", " "))) + tag("dd", escape(text(value))) for key, value in entries.items()))
 
 
-def tables(rows: list[dict], labels: Labels) -> str:
+def tables(rows: list[dict], labels: Labels, differences: bool = True) -> str:
     """Success of every policy, and below it the differences to the first."""
     first, *others = labels
 
@@ -265,7 +273,7 @@ def tables(rows: list[dict], labels: Labels) -> str:
         return tag("div", tag("table", head, tag("tbody", *body)), class_="scroll")
 
     out = table("Success, %", success, list(labels))
-    return out + (table(f"Against {first}, points", difference, others) if others else "")
+    return out + (table(f"Against {first}, points", difference, others) if others and differences else "")
 
 
 def bars(rows: list[dict], labels: Labels) -> str:
@@ -366,13 +374,14 @@ def html(results: dict, curves: dict[str, list[dict]], films: Sequence[Film]) ->
     facts = [count(len(labels), "checkpoint"), count(environments, "environment"), count(results["episodes"], "episode") + " each"]
     title = f"{results['env_id']} ({results['obs_mode']})"
     first, *more = explanation(results)
-    whole = lambda rows, labels: tables(rows, labels) + legend(labels) + bars(rows, labels)
+    whole = lambda rows, labels, differences: tables(rows, labels, differences) + legend(labels) + bars(rows, labels)
+    paired = has_baseline(results)
     parts = [tag("h1", escape(title)), soft(" · ".join([*facts, results["date"]])), summary(results), tag("h2", "Success")]
     if seeds := results.get("group_rows"):
-        parts += [whole(headline(seeds), algorithms),
-                  tag("details", tag("summary", "Each checkpoint"), whole(headline(results["rows"]), labels))]  # fmt: skip
+        parts += [whole(headline(seeds), algorithms, True),
+                  tag("details", tag("summary", "Each checkpoint"), whole(headline(results["rows"]), labels, paired))]  # fmt: skip
     else:
-        parts.append(whole(headline(results["rows"]), labels))
+        parts.append(whole(headline(results["rows"]), labels, paired))
     parts.append(soft(first))
     if more:
         parts.append(tag("details", tag("summary", "How the numbers are made"), *map(soft, more)))
@@ -384,7 +393,7 @@ def html(results: dict, curves: dict[str, list[dict]], films: Sequence[Film]) ->
         parts += [tag("h2", "Each task" if is_libero(results["env_id"]) else "Out of distribution, each variant"), legend(names)]
         for (family, shown), rows in zip(families.items(), variants(results["rows"]).values()):
             parts += [tag("h3", escape(family_name(family))), bars(shown, names),
-                      tag("details", tag("summary", "As a table"), tables(rows, labels))]  # fmt: skip
+                      tag("details", tag("summary", "As a table"), tables(rows, labels, paired))]  # fmt: skip
     if films:
         parts += [tag("h2", "Videos"), videos(films)]
     parts += [tag("h2", "How this was made"), tag("pre", escape(results["command"]))]

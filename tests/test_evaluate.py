@@ -266,17 +266,22 @@ def test_the_page_needs_nothing_else_and_believes_no_label(tmp_path):
 
 
 def test_a_report_takes_seeds_of_an_algorithm_together():
-    results = made_up_results(("SFT", "A 1", "A 2"))
-    for checkpoint, group in zip(results["checkpoints"], "SAA"):
-        checkpoint["group"] = group
+    def grouped(labels: tuple[str, ...], groups: str) -> dict:
+        results = made_up_results(labels)
+        for checkpoint, group in zip(results["checkpoints"], groups):
+            checkpoint["group"] = group
+        return results | dict(group_rows=over_seeds(results["rows"], report.groups(results)))
+
+    results = grouped(("SFT", "A 1", "A 2"), "SAA")
     assert report.groups(results) == {"S": ["SFT"], "A": ["A 1", "A 2"]}
-    results["group_rows"] = over_seeds(results["rows"], report.groups(results))
     policy = results["group_rows"][0]["policies"]["A"]
     mean = f"{100 * policy['success']:.1f} [{100 * policy['interval'][0]:.1f}, "
     text, page = report.markdown(results), report.html(results, {}, [])
     assert text.index("| A − S |") < text.index(mean) < text.index("### Each checkpoint") < text.index("A 2 − SFT")
-    assert "Means over trainings, A (2)" in text and mean in page and "Each checkpoint" in page
+    assert "Means over trainings, A (2)" in text and mean.split()[0] in page and "Each checkpoint" in page
     assert report.swatch(1) + "A 2" in page and report.swatch(2) not in page  # one colour for the seeds of an algorithm
+    text = report.markdown(grouped(("A 1", "A 2", "SFT"), "AAS"))
+    assert "SFT − A 1" not in text and "| S − A |" in text  # one training is no baseline
 
 
 def test_films_beyond_the_budget_are_named_instead(tmp_path):
@@ -440,7 +445,7 @@ def test_the_report_in_a_browser(evaluated):
             bars = page.evaluate(f"[...{chart}.querySelectorAll('rect')].map(bar => bar.getBoundingClientRect().width)")
             whole = page.evaluate(f"{chart}.getBoundingClientRect().width")
             results = json.loads((output / "results.json").read_text())
-            rates = [row["policies"][label]["success"] for row in report.headline(results) for label in ("SFT", "StepNFT")]
+            rates = [row["policies"][label]["success"] for row in report.headline(results["rows"]) for label in ("SFT", "StepNFT")]
             assert bars == pytest.approx([rate * whole for rate in rates], abs=1)
         assert widths == [0, 0]  # nothing sticks out
         assert backgrounds == ["rgb(255, 255, 255)", "rgb(21, 24, 27)"]
