@@ -39,7 +39,7 @@ class Args:
     vision-table_color-1. LIBERO: suites such as libero_object; id: the checkpoints' own, ood: LIBERO-PRO's versions of it"""
     labels: tuple[str, ...] = ()
     """what the checkpoints are called in the report, one name each; default: by their folders. Checkpoints of the same name are
-    several trainings of an algorithm: the report shows their mean too, with what training leaves to chance as its interval"""
+    several trainings of an algorithm: the report shows their mean too, in whose interval training is a part of the chance"""
     env_id: str | None = None
     """ManiSkill task, LIBERO suite or one of its tasks; default: the one that the checkpoints were trained on"""
     obs_mode: Literal["rgb", "state"] | None = None
@@ -344,7 +344,7 @@ if __name__ == "__main__":
                 checkpoints=described, versions=dict(python=sys.version.split()[0], **versions),
             )  # fmt: skip
             if len(set(groups)) < len(groups):
-                results["group_rows"] = over_seeds(rows, report.groups(results))
+                results["group_rows"] = over_seeds(rows, outcomes, report.groups(results))
             (output / "results.json").write_text(json.dumps(results, indent=2))
             (output / "table.md").write_text(report.markdown(results))
             (output / "report.html").write_text(report.html(results, curves, shown))

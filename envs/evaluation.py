@@ -100,7 +100,8 @@ def summarise(
     families: environment → "id" (in distribution) or the family it belongs to. A family's mean weighs its environments equally, the
     last row its families. unrelated: families whose environments share no more than the numbers of their seeds (the tasks of a
     LIBERO suite): all their episodes count alike, as those of one environment. Each row: name, kind ("environment", "family" or
-    "ood"), family, environments, and by policy success, interval, episodes and, but for the first, difference, its interval and p.
+    "ood"), family, environments, their weights (None: all episodes alike), and by policy success, interval, episodes and, but for
+    the first, difference, its interval and p.
     """
     rows = [("environment", name, families[name], [name]) for name in next(iter(outcomes.values()))]
     members: dict[str, list[str]] = {}
@@ -114,10 +115,12 @@ def summarise(
     for kind, name, family, names in rows:
         share = 1 if kind != "ood" else len(members)
         weights = [Fraction(1, share * (len(members[families[n]]) if kind == "ood" else len(names))) for n in names]
+        apart = kind == "family" and name in unrelated
+        row = dict(name=name, kind=kind, family=family, environments=names, weights=None if apart else list(map(float, weights)))
         policies, baseline = {}, None
         for policy, evaluations in outcomes.items():
             success = np.stack([evaluations[n].success for n in names])
-            if kind == "family" and name in unrelated:
+            if apart:
                 success, weights = success.reshape(1, -1), [Fraction(1)]
             rate, *interval = rate_interval(success, np.array(weights, float))
             policies[policy] = dict(success=rate, interval=interval, episodes=success.size)
@@ -126,43 +129,54 @@ def summarise(
             else:
                 difference = compare(success, baseline, weights)
                 policies[policy] |= dict(difference=difference.difference, difference_interval=difference.interval, p=difference.p)
-        table.append(dict(name=name, kind=kind, family=family, environments=names, policies=policies))
+        table.append(row | dict(policies=policies))
     return table
 
 
-def over_seeds(rows: list[dict], groups: dict[str, list[str]]) -> list[dict]:
+def seed_scores(row: dict, evaluations: dict[str, Evaluation]) -> np.ndarray:
+    """A policy's success in a row of `summarise` by seed, weighted over the row's environments, (E,)."""
+    success = np.stack([evaluations[name].success for name in row["environments"]])
+    return success.reshape(-1).astype(float) if row["weights"] is None else np.array(row["weights"]) @ success
+
+
+def over_seeds(rows: list[dict], outcomes: dict[str, dict[str, Evaluation]], groups: dict[str, list[str]]) -> list[dict]:
     """The rows of `summarise` with several trainings of an algorithm taken together.
 
-    groups: name → policies, the first group being the baseline. Each row has by group the mean success of its policies, the 95 %
-    t-interval of that mean, lowest and highest, and how many they are; but for the first group also the difference to it, with
-    Welch's t-interval and p. These are about what training leaves to chance, on the same episodes. A group of one policy is taken
-    as it is. Intervals and p are None where nothing varies.
+    groups: name → policies, the first group being the baseline. Each row has by group the mean success of its policies with a 95 %
+    interval, lowest and highest, and how many policies they are; but for the first group also the difference to it, interval and p.
+    A single policy keeps what `summarise` says of it. Otherwise these are t-intervals and tests in which the variance between
+    trainings and that between seeds of episodes add up, as do their degrees of freedom by Welch and Satterthwaite. The episodes'
+    part in the former is counted twice by this, so the intervals are a little too wide. None where nothing varies.
     """
     from scipy.stats import t
 
-    def inference(centre: float, *samples: np.ndarray) -> tuple[tuple[float, float] | None, float | None]:
-        """Interval and p-value of a mean, or of a difference of means, from the samples that have a spread."""
-        shares = np.array([(rates.var(ddof=1) / len(rates), len(rates) - 1) for rates in samples if len(rates) > 1])
-        error = math.sqrt(shares[:, 0].sum()) if len(shares) else 0.0
+    def inference(scores: np.ndarray, baseline: np.ndarray | None = None) -> tuple[float, tuple[float, float] | None, float | None]:
+        """Mean (less the baseline's), its interval and p-value, of scores of n trainings × E seeds, (n, E)."""
+        samples = [scores] if baseline is None else [scores, baseline]
+        by_seed = scores.mean(0) - (0 if baseline is None else baseline.mean(0))
+        observed = [by_seed, *(sample.mean(1) for sample in samples)]
+        shares = np.array([(x.var(ddof=1) / len(x), len(x) - 1) for x in observed if len(x) > 1]).reshape(-1, 2)
+        centre, error = float(by_seed.mean()), math.sqrt(shares[:, 0].sum())
         if not error:
-            return None, None
+            return centre, None, None
         freedom = error**4 / (shares[:, 0] ** 2 / shares[:, 1]).sum()
         half = t.ppf(0.975, freedom) * error
-        return (centre - half, centre + half), float(2 * t.sf(abs(centre) / error, freedom))
+        least = 0.0 if baseline is None else -1.0
+        return centre, (max(least, centre - half), min(1.0, centre + half)), float(2 * t.sf(abs(centre) / error, freedom))
 
     table = []
     for row in rows:
         policies, baseline = {}, None
         for group, members in groups.items():
-            rates = np.array([row["policies"][member]["success"] for member in members])
-            interval, _ = inference(mean := float(rates.mean()), rates)
-            interval = interval and tuple(np.clip(interval, 0, 1).tolist())
-            policies[group] = dict(success=mean, interval=interval, low=rates.min(), high=rates.max(), policies=len(rates))
+            scores = np.stack([seed_scores(row, outcomes[member]) for member in members])  # (n, E)
+            rates = scores.mean(1)
+            mean, interval, _ = inference(scores)
+            found = dict(success=mean, interval=interval) if len(members) > 1 else row["policies"][members[0]]
+            policies[group] = found | dict(low=rates.min(), high=rates.max(), policies=len(members))
             if baseline is None:
-                baseline = rates
-            else:
-                interval, p = inference(difference := mean - float(baseline.mean()), rates, baseline)
-                interval = interval and tuple(np.clip(interval, -1, 1).tolist())
+                baseline = scores
+            elif len(members) > 1 or len(baseline) > 1:
+                difference, interval, p = inference(scores, baseline)
                 policies[group] |= dict(difference=difference, difference_interval=interval, p=p)
         table.append(row | dict(policies=policies))
     return table

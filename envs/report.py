@@ -130,9 +130,8 @@ def explanation(results: dict) -> list[str]:
     if several:
         listed = ", ".join(f"{group} ({len(members)})" for group, members in several.items())
         out[0] += (
-            f" Means over trainings, {listed}, have 95 % t-intervals, and differences to {next(iter(groups(results)))} Welch's "
-            "t-interval and test: these are about what training leaves to chance, on the same episodes. A single checkpoint is "
-            "taken as it is."
+            f" Means over trainings, {listed}, and differences to {next(iter(groups(results)))} have 95 % t-intervals and tests "
+            "for other trainings and other episodes: both variances add up, with Welch and Satterthwaite's degrees of freedom."
         )
     if len(labels) > 1 and has_baseline(results):
         out.append(

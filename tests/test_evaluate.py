@@ -14,7 +14,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import tyro
-from scipy.stats import binomtest, ttest_1samp, ttest_ind
+from scipy.stats import binomtest, t
 from test_main import checkpoints, one_thread, only_run, refusal, run  # noqa: F401 (two are fixtures)
 
 import envs
@@ -116,24 +116,45 @@ def test_families_weigh_alike_whatever_their_size():
     assert [row["name"] for row in only] == [TASK]
 
 
-def test_seeds_of_an_algorithm_are_a_sample_of_its_trainings():
-    rng = np.random.default_rng(0)
-    labels = ("SFT", "A 1", "A 2", "A 3", "B 1", "B 2")
-    outcomes = {label: {TASK: outcome(rng.random(40) < 0.3 + 0.1 * i)} for i, label in enumerate(labels)}
-    rates = {label: found[TASK].rate for label, found in outcomes.items()}
-    groups = {"A": ["A 1", "A 2", "A 3"], "B": ["B 1", "B 2"], "SFT": ["SFT"]}
-    (row,) = over_seeds(summarise(outcomes, {TASK: "id"}), groups)
-    a, b = ([rates[label] for label in groups[name]] for name in "AB")
-    found = row["policies"]
-    assert found["A"]["interval"] == pytest.approx(ttest_1samp(a, 0).confidence_interval())
-    welch = ttest_ind(b, a, equal_var=False)
-    assert found["B"]["p"] == pytest.approx(welch.pvalue) and "p" not in found["A"]
-    assert found["B"]["difference_interval"] == pytest.approx(welch.confidence_interval())
-    assert found["B"]["difference"] == pytest.approx(np.mean(b) - np.mean(a))
-    assert found["SFT"]["interval"] is None  # one training tells nothing about others
-    assert found["SFT"]["p"] == pytest.approx(ttest_1samp(a, rates["SFT"]).pvalue)
-    (row,) = over_seeds(summarise({label: outcomes["SFT"] for label in labels}, {TASK: "id"}), groups)
+def drawn(rng, *algorithms: tuple[str, int, float], variants: int = 1, episodes: int = 100) -> tuple[dict, dict, dict]:
+    """Outcomes, families and groups of made-up trainings: name, how many, mean skill. Skill varies by training, seeds are hard or
+    not, and a training has its own luck with each."""
+    families = {f"{TASK}/vision-a-{i}": "vision" for i in range(1, variants + 1)}
+    difficulty, outcomes, groups = rng.normal(size=episodes), {}, {}
+    for name, number, mean in algorithms:
+        groups[name] = [f"{name} {i}" for i in range(number)]
+        for label in groups[name]:
+            skill = mean + 0.2 * rng.normal()
+            outcomes[label] = {env: outcome(difficulty + rng.normal(size=episodes) < skill) for env in families}
+    return outcomes, families, groups
+
+
+def test_trainings_and_episodes_are_both_left_to_chance():
+    """By hand, for one environment: the variance of seeds and of trainings, each over its number, and their degrees of freedom."""
+    outcomes, families, groups = drawn(np.random.default_rng(0), ("A", 3, 0.0), ("B", 2, 0.5), ("C", 1, 0.2))
+    row = over_seeds(summarise(outcomes, families), outcomes, groups)[0]
+    a, b, c = (np.stack([outcomes[label][row["name"]].success for label in groups[name]]) for name in "ABC")
+    shares = [(x.var(ddof=1) / len(x), len(x) - 1) for x in (b.mean(0) - a.mean(0), b.mean(1), a.mean(1))]
+    error = sum(s for s, _ in shares) ** 0.5
+    freedom = error**4 / sum(s**2 / n for s, n in shares)
+    found, difference = row["policies"]["B"], b.mean() - a.mean()
+    assert found["difference"] == pytest.approx(difference) and found["success"] == pytest.approx(b.mean())
+    assert found["difference_interval"] == pytest.approx([difference + s * t.ppf(0.975, freedom) * error for s in (-1, 1)])
+    assert found["p"] == pytest.approx(2 * t.sf(abs(difference) / error, freedom))
+    assert found["policies"] == 2 and found["low"] == min(b.mean(1)) and "difference" not in row["policies"]["A"]
+    assert row["policies"]["C"]["interval"] == pytest.approx(wilson(c.sum(), c.size))  # of a single training: its own
+    outcomes = dict.fromkeys(outcomes, {row["name"]: outcome(np.ones(100))})
+    row = over_seeds(summarise(outcomes, families), outcomes, groups)[0]
     assert row["policies"]["B"]["p"] is row["policies"]["B"]["difference_interval"] is None  # where nothing varies
+
+
+def test_algorithms_that_do_not_differ_seldom_seem_to():
+    rng, n, missed = np.random.default_rng(1), 200, 0
+    for _ in range(n):
+        outcomes, families, groups = drawn(rng, ("A", 3, 0.0), ("B", 3, 0.0), variants=3, episodes=60)
+        low, high = over_seeds(summarise(outcomes, families), outcomes, groups)[-1]["policies"]["B"]["difference_interval"]
+        missed += not low <= 0 <= high
+    assert missed / n < 0.08
 
 
 # ---------------------------------------------------------------------------------------------------------------- the choices
@@ -270,7 +291,7 @@ def test_a_report_takes_seeds_of_an_algorithm_together():
         results = made_up_results(labels)
         for checkpoint, group in zip(results["checkpoints"], groups):
             checkpoint["group"] = group
-        return results | dict(group_rows=over_seeds(results["rows"], report.groups(results)))
+        return results | dict(group_rows=over_seeds(results["rows"], made_up(labels), report.groups(results)))
 
     results = grouped(("SFT", "A 1", "A 2"), "SAA")
     assert report.groups(results) == {"S": ["SFT"], "A": ["A 1", "A 2"]}
