@@ -305,6 +305,14 @@ def test_a_report_takes_seeds_of_an_algorithm_together():
     assert "SFT − A 1" not in text and "| S − A |" in text  # one training is no baseline
 
 
+def test_the_documented_table_is_the_measured_one():
+    root = Path(__file__).parents[1]
+    results = json.loads((root / "benchmarks" / "results" / "evaluate" / "PickCube-v1-rgb.json").read_text())
+    table = report.markdown(results).split("### ")[0].split("\n\n")[1]
+    assert table in (root / "docs" / "evaluate.md").read_text() and table.count("\n") == 6
+    assert results["episodes"] == 100 and [len(members) for members in report.groups(results).values()] == [3, 3, 1]
+
+
 def test_films_beyond_the_budget_are_named_instead(tmp_path):
     shown = [report.Film(tmp_path / f"{size}.mp4", f"film {size}", "") for size in (50, 80, 40)]
     for film, size in zip(shown, (50, 80, 40)):
