@@ -206,10 +206,12 @@ def interrupt(job: compare.Job, monkeypatch) -> Path:
             raise KeyboardInterrupt
         time.sleep(seconds)
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # as the program does: in the background it may be ignored
     with monkeypatch.context() as patch:
         patch.setattr(compare, "time", SimpleNamespace(sleep=sleep))
         with pytest.raises(KeyboardInterrupt):
             compare.run_all([job])
+    signal.signal(signal.SIGINT, before)
     (run,) = compare.ROOT.glob("runs/fake-*")
     return run
 
