@@ -143,10 +143,10 @@ def over_seeds(rows: list[dict], outcomes: dict[str, dict[str, Evaluation]], gro
     """The rows of `summarise` with several trainings of an algorithm taken together.
 
     groups: name → policies, the first group being the baseline. Each row has by group the mean success of its policies with a 95 %
-    interval, lowest and highest, and how many policies they are; but for the first group also the difference to it, interval and p.
-    A single policy keeps what `summarise` says of it. Otherwise these are t-intervals and tests in which the variance between
-    trainings and that between seeds of episodes add up, as do their degrees of freedom by Welch and Satterthwaite. The episodes'
-    part in the former is counted twice by this, so the intervals are a little too wide. None where nothing varies.
+    interval, and but for the first group the difference to it, its interval and p. A single policy keeps what `summarise` says of
+    it. Otherwise these are t-intervals and tests in which the variance between trainings and that between seeds of episodes add up,
+    as do their degrees of freedom by Welch and Satterthwaite. The episodes' part in the former is counted twice by this, so the
+    intervals are a little too wide. None where nothing varies.
     """
     from scipy.stats import t
 
@@ -169,10 +169,8 @@ def over_seeds(rows: list[dict], outcomes: dict[str, dict[str, Evaluation]], gro
         policies, baseline = {}, None
         for group, members in groups.items():
             scores = np.stack([seed_scores(row, outcomes[member]) for member in members])  # (n, E)
-            rates = scores.mean(1)
             mean, interval, _ = inference(scores)
-            found = dict(success=mean, interval=interval) if len(members) > 1 else row["policies"][members[0]]
-            policies[group] = found | dict(low=rates.min(), high=rates.max(), policies=len(members))
+            policies[group] = dict(success=mean, interval=interval) if len(members) > 1 else dict(row["policies"][members[0]])
             if baseline is None:
                 baseline = scores
             elif len(members) > 1 or len(baseline) > 1:
