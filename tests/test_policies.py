@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import policies
-from policies import CheckpointError, NormStats, Pi0, Pi0Config, Prefix, Processor, Tokenizer
+from policies import CheckpointError, NormStats, Pi0, Pi0Config, Prefix, Processor, Tokenizer, gemma
 from policies.checkpoint import published_name
 from policies.gemma import rotary, rotate
 from policies.processor import resize_with_padding
@@ -291,6 +291,25 @@ def test_cast_keeps_sensitive_parts_in_float32_and_the_velocity_close():
     # A cached bfloat16 prefix serves a float32 expert.
     half.expert.float()
     assert velocity(half, inputs).dtype == torch.float32
+
+
+@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="PyTorch without oneDNN")
+@pytest.mark.parametrize("shape", [(64,), (300, 64), (4, 70, 64), (0, 64)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_by_onednn_agrees_with_double_precision(monkeypatch, shape, bias):
+    monkeypatch.setattr(gemma, "ONEDNN", True)
+    torch.manual_seed(0)
+    layer, x = gemma.Linear(64, 96, bias=bias), torch.randn(shape, requires_grad=True)
+    exact, x_exact = copy.deepcopy(layer).double(), x.detach().double().requires_grad_()
+    strided = torch.randn(96, *shape[:-1]).movedim(0, -1)  # a gradient that is not contiguous
+    for gradient in (strided, torch.ones(1).expand(strided.shape)):
+        for inputs, module in ((x, layer), (x_exact, exact)):
+            module(inputs).backward(gradient.to(inputs.dtype))
+        for ours, reference in zip((layer(x), x.grad, *(p.grad for p in layer.parameters())),
+                                   (exact(x_exact), x_exact.grad, *(p.grad for p in exact.parameters()))):  # fmt: skip
+            assert ours.shape == reference.shape and torch.allclose(ours.double(), reference, rtol=1e-5, atol=1e-4)
+    with torch.inference_mode():
+        assert torch.allclose(layer(x).double(), exact(x_exact), rtol=1e-5, atol=1e-5)
 
 
 def test_velocity_traces_without_graph_breaks():
