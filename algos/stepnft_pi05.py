@@ -42,7 +42,7 @@ class Args:
     """run folder (runs/<name>) to go on with, under its own arguments (--iterations may extend it)"""
     seed: int = 1
     """seed of everything random"""
-    iterations: int = 120
+    iterations: int = 200
     """rollout + update rounds (authors: 400 LIBERO, 240 ManiSkill)"""
     max_minutes: float = 24.0
     """stop training after so many minutes of this call even if iterations remain (--resume goes on); 0: no limit"""

@@ -6,6 +6,7 @@ block takes the keys and values of tokens that came before (`past`), so one bloc
 attends to it. π0.5's expert uses the adaptive block, whose norms are scaled, shifted and gated by a condition.
 """
 
+import os
 from pathlib import Path
 
 import torch
@@ -28,6 +29,9 @@ def mkl_skips_avx512() -> bool:
 
 ONEDNN = mkl_skips_avx512()
 """Compute linear layers of float32 on the CPU by oneDNN, at more than twice MKL's speed (docs/policies.md)."""
+if ONEDNN:  # it, and PyTorch's layer above it, keep what they made for the last 1024 shapes: in rollouts, a gigabyte
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "32")
 
 
 class OneDNNLinear(torch.autograd.Function):
