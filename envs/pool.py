@@ -59,9 +59,13 @@ def _serve(pipe: Connection, spec: EnvSpec, slots: range, num_envs: int, threads
                 blocks.append(SharedMemory(block))
                 arrays[name] = np.ndarray(shape, dtype, blocks[-1].buf)
         elif command == "reset":
+            seen = {}  # a group starts from one seed, and its first picture is drawn once
             for i, slot, seed in payload:
                 envs[i].reset(seed)
-                envs[i].observe(arrays["image"][slot], arrays["state"][slot])
+                if (first := seen.setdefault((envs[i].task, seed), slot)) == slot:
+                    envs[i].observe(arrays["image"][slot], arrays["state"][slot])
+                for array in (arrays["image"], arrays["state"]):
+                    array[slot] = array[first]
         elif command == "step":
             result = []
             for i, slot, length, observe_terminal in payload:

@@ -219,6 +219,16 @@ def test_episodes_are_deterministic_whatever_ran_before(pool, short):
     np.testing.assert_array_equal(runs[0][0], runs[0][1])
 
 
+def test_a_group_gets_the_picture_that_each_of_its_environments_would_draw(eyes):
+    together = eyes.reset(seed=np.array([31, 31]))[0]
+    for slot in (0, 1):
+        eyes.reset(seed=np.array([50, 51]))
+        alone = eyes.reset(seed=31 - slot, options={"reset_mask": np.arange(2) == slot})[0]
+        for name in ("image", "state"):
+            assert (alone[name][0] != alone[name][1]).any()
+            np.testing.assert_array_equal(together[name][slot], alone[name][slot])
+
+
 def test_a_reset_mask_leaves_the_others_alone(pool):
     pool.reset(seed=20)
     before = pool.step(random_actions(1, 4, 46))[0]["state"]
