@@ -110,6 +110,7 @@ def _make(spec: EnvSpec, num_envs: int, backend: str) -> gym.Env:
     from mani_skill.utils import sapien_utils
 
     from envs.meshes import light_meshes
+    from envs.shaders import lean_shaders
 
     kwargs = dict(
         num_envs=num_envs,
@@ -130,7 +131,7 @@ def _make(spec: EnvSpec, num_envs: int, backend: str) -> gym.Env:
     kwargs.update(spec.kwargs)
     try:
         # Rendering on a GPU does not mind triangles; there the meshes stay as they are.
-        with light_meshes(spec.mesh_keep if backend == "cpu" else 1.0):
+        with light_meshes(spec.mesh_keep if backend == "cpu" else 1.0), lean_shaders():
             env = gym.make(spec.env_id, disable_env_checker=True, **kwargs)
     except RuntimeError as error:
         if vulkan.is_driver_error(error):
@@ -211,8 +212,10 @@ class ManiSkillEnv:
     def reset(self, seed: int) -> None:
         """Start the episode that belongs to `seed`: the same seed gives the same initial state."""
         from envs.meshes import light_meshes
+        from envs.shaders import lean_shaders
 
-        with torch.inference_mode(), light_meshes(self.spec.mesh_keep):  # some tasks build a new scene for every episode
+        # some tasks build a new scene for every episode
+        with torch.inference_mode(), light_meshes(self.spec.mesh_keep), lean_shaders():
             obs_mode, self.base._obs_mode = self.base._obs_mode, "none"  # nobody reads this observation: do not render it
             try:
                 self.base.reset(seed=int(seed))

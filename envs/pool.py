@@ -59,13 +59,14 @@ def _serve(pipe: Connection, spec: EnvSpec, slots: range, num_envs: int, threads
                 blocks.append(SharedMemory(block))
                 arrays[name] = np.ndarray(shape, dtype, blocks[-1].buf)
         elif command == "reset":
-            seen = {}  # a group starts from one seed, and its first picture is drawn once
+            first = {}  # equal seeds make a group, whose first picture is drawn once
             for i, slot, seed in payload:
                 envs[i].reset(seed)
-                if (first := seen.setdefault((envs[i].task, seed), slot)) == slot:
+                if first.setdefault(seed, slot) == slot:
                     envs[i].observe(arrays["image"][slot], arrays["state"][slot])
-                for array in (arrays["image"], arrays["state"]):
-                    array[slot] = array[first]
+                else:
+                    for array in (arrays["image"], arrays["state"]):
+                        array[slot] = array[first[seed]]
         elif command == "step":
             result = []
             for i, slot, length, observe_terminal in payload:

@@ -202,7 +202,7 @@ class Processor:
         """
         N, size = self.config.num_cameras, self.config.image_size
         given = 0 if images is None or N == 0 else images.shape[1]
-        prepared = torch.full((batch, N, 3, size, size), -1.0, device=self.device)
+        prepared = torch.full((batch, max(0, N - given), 3, size, size), -1.0, device=self.device)  # absent cameras
         if given:
             images = torch.as_tensor(images)
             if (
@@ -218,7 +218,8 @@ class Processor:
                 )
             frames = images.flatten(0, 1).permute(0, 3, 1, 2)  # (B * cameras, 3, H, W)
             frames = resize_with_padding(frames, size).to(self.device).float()
-            prepared[:, :given] = (frames / 255 * 2 - 1).unflatten(0, (batch, given))
+            frames = frames.div_(255).mul_(2).sub_(1).unflatten(0, (batch, given))  # channels last in memory: nothing is transposed
+            prepared = torch.cat((frames, prepared), dim=1) if given < N else frames
         mask = (torch.arange(N, device=self.device) < given).expand(batch, N)
         return prepared, mask
 

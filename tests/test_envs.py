@@ -20,6 +20,9 @@ try:
     vulkan.check_driver(picture=False)
 except vulkan.DriverError as error:
     pytest.skip(str(error), allow_module_level=True)
+import sapien  # noqa: E402 (the driver is chosen before)
+
+from envs import shaders  # noqa: E402
 
 STATE = dict(obs_mode="state", backend="cpu")
 
@@ -151,6 +154,36 @@ def test_lighter_meshes_change_the_picture_little_and_the_physics_not_at_all(eye
         assert torch.equal(eye.base.get_state(), heavy.base.get_state())
         assert np.abs(light[0].astype(float) - full[0]).mean() < 2.0  # of 255
     heavy.close()
+
+
+@pytest.mark.skipif(vulkan.renders_on_gpu(), reason="a GPU's pictures are not the same twice")
+@pytest.mark.parametrize("env_id", ["PickCube-v1", "PlaceSphere-v1", "PickCube-v1/vision-table_color-2"])
+def test_leaner_shaders_draw_the_same_picture(env_id, monkeypatch):
+    assert shaders.lean_pack(), "SAPIEN's shaders have changed: look at envs/shaders.py again"
+    pictures = []
+    for pack in (shaders.lean_pack(), None):
+        monkeypatch.setattr(shaders, "lean_pack", lambda pack=pack: pack)
+        env = maniskill.ManiSkillEnv(EnvSpec(env_id, camera=maniskill.Camera()))
+        env.reset(10)
+        pictures.append([])
+        for seed in range(4):
+            env.step(random_actions(seed, 8))
+            pictures[-1].append(observe(env)[0])
+        env.close()
+    assert np.std(pictures[0]) > 10
+    np.testing.assert_array_equal(*pictures)
+
+
+def test_a_scene_with_an_environment_map_gets_the_full_shaders(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(sapien.render, "set_camera_shader_dir", chosen.append)
+    monkeypatch.setattr(sapien.Scene, "set_environment_map", lambda scene, cubemap: None)
+    with shaders.lean_shaders():
+        for name in ("minimal", "default"):
+            sapien.render.set_camera_shader_dir(name)
+        sapien.Scene.set_environment_map(None, "map.ktx")
+        sapien.render.set_camera_shader_dir("minimal")
+    assert chosen == [str(shaders.lean_pack()), "default", "minimal"]
 
 
 # --------------------------------------------------------------------------------------------------------------------- episodes
