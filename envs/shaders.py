@@ -2,8 +2,8 @@
 
 SAPIEN lights every pixel of its "minimal" shader pack by an environment map as well, of which it samples two directions, a table,
 and the background. ManiSkill's table-top tasks have no such map: it is black, and all of that adds zero, at more than a quarter of
-what a software-rendered 96 px frame costs. While `lean_shaders` is active, cameras get copies of the installed shaders without it, and
-`tests/test_envs.py` holds their pictures to be the same to the last bit.
+what a software-rendered 96 px frame costs. While `lean_shaders` is active, cameras get copies of the installed shaders without it,
+and `tests/test_envs.py` holds their pictures to be the same to the last bit.
 """
 
 from __future__ import annotations
