@@ -112,13 +112,14 @@ def _make(spec: EnvSpec, num_envs: int, backend: str) -> gym.Env:
     from envs.meshes import light_meshes
     from envs.shaders import lean_shaders
 
+    on_gpu = backend == "cuda" or vulkan.renders_on_gpu()
     kwargs = dict(
         num_envs=num_envs,
         obs_mode=spec.obs_mode,
         control_mode=spec.control_mode,
         reward_mode=spec.reward_mode,
         sim_backend=f"physx_{backend}",
-        render_backend="gpu" if backend == "cuda" or vulkan.renders_on_gpu() else "cpu",
+        render_backend="gpu" if on_gpu else "cpu",
         render_mode="rgb_array",
         human_render_camera_configs=dict(width=spec.video_size, height=spec.video_size),
     )
@@ -131,7 +132,7 @@ def _make(spec: EnvSpec, num_envs: int, backend: str) -> gym.Env:
     kwargs.update(spec.kwargs)
     try:
         # Rendering on a GPU does not mind triangles; there the meshes stay as they are.
-        with light_meshes(spec.mesh_keep if backend == "cpu" else 1.0), lean_shaders():
+        with light_meshes(spec.mesh_keep if backend == "cpu" else 1.0), lean_shaders(not on_gpu):
             env = gym.make(spec.env_id, disable_env_checker=True, **kwargs)
     except RuntimeError as error:
         if vulkan.is_driver_error(error):
@@ -190,6 +191,7 @@ class ManiSkillEnv:
         self.spec = spec
         self.max_episode_steps = episode_limit(spec)
         self.task, self.instruction = spec.env_id, instruction(spec.env_id)
+        self._software = not vulkan.renders_on_gpu()  # rendering
         with torch.inference_mode():
             self.env = _make(spec, 1, "cpu")
             self.base = self.env.unwrapped
@@ -214,8 +216,8 @@ class ManiSkillEnv:
         from envs.meshes import light_meshes
         from envs.shaders import lean_shaders
 
-        # some tasks build a new scene for every episode
-        with torch.inference_mode(), light_meshes(self.spec.mesh_keep), lean_shaders():
+        # Some tasks build a new scene for every episode.
+        with torch.inference_mode(), light_meshes(self.spec.mesh_keep), lean_shaders(self._software):
             obs_mode, self.base._obs_mode = self.base._obs_mode, "none"  # nobody reads this observation: do not render it
             try:
                 self.base.reset(seed=int(seed))

@@ -54,8 +54,14 @@ def lean_pack() -> Path | None:
 
 
 @contextlib.contextmanager
-def lean_shaders() -> Iterator[None]:
-    """While active, new cameras with SAPIEN's minimal shaders get the leaner ones, until a scene gets an environment map."""
+def lean_shaders(software: bool) -> Iterator[None]:
+    """While active, new cameras with SAPIEN's minimal shaders get the leaner ones, until a scene gets an environment map.
+
+    software: whether the processor renders; a GPU does not mind the full ones.
+    """
+    if not software:
+        yield
+        return
     shader_dir, environment_map, lean = sapien.render.set_camera_shader_dir, sapien.Scene.set_environment_map, lean_pack()
 
     def set_camera_shader_dir(name: str) -> None:

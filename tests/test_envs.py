@@ -156,7 +156,7 @@ def test_lighter_meshes_change_the_picture_little_and_the_physics_not_at_all(eye
     heavy.close()
 
 
-@pytest.mark.skipif(vulkan.renders_on_gpu(), reason="a GPU's pictures are not the same twice")
+@pytest.mark.skipif(vulkan.renders_on_gpu(), reason="a GPU gets the full shaders")
 @pytest.mark.parametrize("env_id", ["PickCube-v1", "PlaceSphere-v1", "PickCube-v1/vision-table_color-2"])
 def test_leaner_shaders_draw_the_same_picture(env_id, monkeypatch):
     assert shaders.lean_pack(), "SAPIEN's shaders have changed: look at envs/shaders.py again"
@@ -174,16 +174,18 @@ def test_leaner_shaders_draw_the_same_picture(env_id, monkeypatch):
     np.testing.assert_array_equal(*pictures)
 
 
-def test_a_scene_with_an_environment_map_gets_the_full_shaders(monkeypatch):
+def test_an_environment_map_and_a_gpu_get_the_full_shaders(monkeypatch):
     chosen = []
     monkeypatch.setattr(sapien.render, "set_camera_shader_dir", chosen.append)
     monkeypatch.setattr(sapien.Scene, "set_environment_map", lambda scene, cubemap: None)
-    with shaders.lean_shaders():
+    with shaders.lean_shaders(True):
         for name in ("minimal", "default"):
             sapien.render.set_camera_shader_dir(name)
         sapien.Scene.set_environment_map(None, "map.ktx")
         sapien.render.set_camera_shader_dir("minimal")
-    assert chosen == [str(shaders.lean_pack()), "default", "minimal"]
+    with shaders.lean_shaders(False):
+        sapien.render.set_camera_shader_dir("minimal")
+    assert chosen == [str(shaders.lean_pack()), "default", "minimal", "minimal"]
 
 
 # --------------------------------------------------------------------------------------------------------------------- episodes
