@@ -75,18 +75,17 @@ def plain_env(spec: EnvSpec) -> gym.Env:
 
 
 def actions_of(rng: np.random.Generator, num_envs: int, n: int, action_dim: int) -> np.ndarray:
-    """Small random actions (B, n, A), with which no episode succeeds."""
+    """Small random actions (B, n, A), with which hardly any episode succeeds."""
     return np.clip(0.1 * rng.standard_normal((num_envs, n, action_dim)), -1, 1).astype(np.float32)
 
 
 def rate_of_ours(venv, args: Args) -> float:
     rng, steps, start = np.random.default_rng(0), 0, time.perf_counter()
     while time.perf_counter() - start < args.seconds:
-        venv.reset(seed=steps)
+        venv.reset(seed=int(steps))
         for _ in range(args.episode_chunks):
             info = venv.step(actions_of(rng, venv.num_envs, args.chunk, venv.action_dim))[4]
-            assert (info["steps"] == args.chunk).all(), "an episode ended early"
-            steps += venv.num_envs * args.chunk
+            steps += info["steps"].sum()  # fewer where a cube happens to lie at its goal
     return steps / (time.perf_counter() - start)
 
 
@@ -97,8 +96,7 @@ def rate_of_maniskill(venv: gym.vector.AsyncVectorEnv, args: Args) -> float:
         for _ in range(args.episode_chunks):
             chunk = actions_of(rng, venv.num_envs, args.chunk, venv.single_action_space.shape[0])
             for i in range(args.chunk):
-                terminated = venv.step(chunk[:, i])[2]
-                assert not terminated.any(), "an episode ended early"
+                venv.step(chunk[:, i])
             steps += venv.num_envs * args.chunk
     return steps / (time.perf_counter() - start)
 
