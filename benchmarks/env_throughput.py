@@ -82,10 +82,10 @@ def actions_of(rng: np.random.Generator, num_envs: int, n: int, action_dim: int)
 def rate_of_ours(venv, args: Args) -> float:
     rng, steps, start = np.random.default_rng(0), 0, time.perf_counter()
     while time.perf_counter() - start < args.seconds:
-        venv.reset(seed=int(steps))
+        venv.reset(seed=steps)
         for _ in range(args.episode_chunks):
             info = venv.step(actions_of(rng, venv.num_envs, args.chunk, venv.action_dim))[4]
-            steps += info["steps"].sum()  # fewer where a cube happens to lie at its goal
+            steps += int(info["steps"].sum())  # fewer where a cube happens to lie at its goal
     return steps / (time.perf_counter() - start)
 
 

@@ -12,7 +12,6 @@ import contextlib
 import functools
 import hashlib
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,16 +20,20 @@ import sapien
 
 from envs.meshes import cache_dir
 
+PACKS = ("common", "minimal")
 CUTS = {
     "gbuffer.frag": ("vec3 wnormal = ", "color += sceneBuffer.ambientLight", ""),
     "composite0.frag": ("float depth = ", "outColor.rgb = ", "vec3 bg = vec3(0);\n  "),
 }
-"""Per file of the pack what goes: all from the first text up to the second; and what stands there instead."""
+"""Per file of the minimal pack what goes: all from the first text up to the second; and what stands there instead."""
 
 
 @functools.cache
 def lean_pack() -> Path | None:
-    """Folder of the leaner pack, made at the first use; None where the installed shaders are not the ones that `CUTS` knows."""
+    """Folder of the leaner pack, made at the first use.
+
+    None where the installed shaders are not the ones that `CUTS` knows, or where the cache cannot be written.
+    """
     source = Path(sapien.__file__).parent / "vulkan_shader"
     cut = {}
     for name, (start, end, instead) in CUTS.items():
@@ -38,19 +41,18 @@ def lean_pack() -> Path | None:
         if text.count(start) != 1 or text.count(end) != 1:
             return None
         cut[name] = text[: text.index(start)] + instead + text[text.index(end) :]
-    folder = cache_dir().parent / "shaders" / hashlib.sha256("".join(cut.values()).encode()).hexdigest()[:16]
+    files = {path.relative_to(source): path.read_bytes() for pack in PACKS for path in sorted((source / pack).iterdir())}
+    files |= {Path("minimal", name): text.encode() for name, text in cut.items()}
+    folder = cache_dir().parent / "shaders" / hashlib.sha256(b"".join(files.values())).hexdigest()[:16]
     if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        new = Path(tempfile.mkdtemp(dir=folder.parent))
-        for pack in ("common", "minimal"):
-            shutil.copytree(source / pack, new / pack)
-        for name, text in cut.items():
-            (new / "minimal" / name).write_text(text)
-        try:
-            os.rename(new, folder)  # atomic: several workers may make the same copy at once
-        except OSError:
-            shutil.rmtree(new)
-    return folder / "minimal"
+        with contextlib.suppress(OSError):  # another worker was first, or the cache cannot be written
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent) as new:
+                for path, content in files.items():
+                    (Path(new) / "pack" / path).parent.mkdir(parents=True, exist_ok=True)
+                    (Path(new) / "pack" / path).write_bytes(content)
+                os.rename(Path(new) / "pack", folder)
+    return folder / "minimal" if folder.exists() else None
 
 
 @contextlib.contextmanager

@@ -160,10 +160,13 @@ def test_lighter_meshes_change_the_picture_little_and_the_physics_not_at_all(eye
 @pytest.mark.parametrize("env_id", ["PickCube-v1", "PlaceSphere-v1", "PickCube-v1/vision-table_color-2"])
 def test_leaner_shaders_draw_the_same_picture(env_id, monkeypatch):
     assert shaders.lean_pack(), "SAPIEN's shaders have changed: look at envs/shaders.py again"
-    pictures = []
+    pictures, chosen, shader_dir = [], [], sapien.render.set_camera_shader_dir
+    monkeypatch.setattr(sapien.render, "set_camera_shader_dir", lambda name: chosen.append(name) or shader_dir(name))
     for pack in (shaders.lean_pack(), None):
+        chosen.clear()
         monkeypatch.setattr(shaders, "lean_pack", lambda pack=pack: pack)
         env = maniskill.ManiSkillEnv(EnvSpec(env_id, camera=maniskill.Camera()))
+        assert str(pack or "minimal") in chosen
         env.reset(10)
         pictures.append([])
         for seed in range(4):
