@@ -17,17 +17,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, without an installation
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a file of a checkout runs that checkout's code
+import pi_stepnft  # noqa: F401
+
+sys.path.pop(0)
 
 import numpy as np
 import torch
 import tyro
 from tqdm import tqdm
 
-import envs
-import policies
-from envs import films, libero, ood, report
-from envs.evaluation import Evaluation, evaluate, over_seeds, summarise
+from pi_stepnft import envs, policies
+from pi_stepnft.envs.libero import env as libero
+from pi_stepnft.envs.maniskill import ood
+from pi_stepnft.harness import films, report
+from pi_stepnft.harness.evaluation import Evaluation, evaluate, over_seeds, summarise
 
 
 @dataclass

@@ -16,7 +16,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, without an installation
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a file of a checkout runs that checkout's code
+import pi_stepnft  # noqa: F401
+
+sys.path.pop(0)
 
 import numpy as np
 import torch
@@ -25,9 +28,9 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-import envs
-import policies
-from envs.evaluation import evaluate, plot_curve, record
+from pi_stepnft import envs, policies
+from pi_stepnft.harness import Rows, memory_gb
+from pi_stepnft.harness.evaluation import evaluate, plot_curve, record
 
 
 @dataclass
@@ -469,7 +472,7 @@ if __name__ == "__main__":
             # ------------------------------------------------------------------ rollout: one noisy solver step per chunk
             began = time.time()
             chunks, success, lost, ended, last_values = [], [], [], [], []
-            stored = policies.Rows(device if prefix_cache == "device" else "cpu")  # each chunk's prefix, or what it is made of
+            stored = Rows(device if prefix_cache == "device" else "cpu")  # each chunk's prefix, or what it is made of
             policy.eval()
             with torch.inference_mode():
                 for epoch in range(args.rollout_epochs):
@@ -499,7 +502,7 @@ if __name__ == "__main__":
                     lost.append(gone)
                     ended.append(done)
                     last_values.append(last_value)
-            rollout_s, rollout_gb = time.time() - began, policies.memory_gb(device)
+            rollout_s, rollout_gb = time.time() - began, memory_gb(device)
 
             # ------------------------------------------------------------------ advantages
             success, lost, ended, last_values = (np.concatenate(x) for x in (success, lost, ended, last_values))  # (E,)
@@ -563,7 +566,7 @@ if __name__ == "__main__":
             last = iteration == args.iterations
             trained_s = time.time() - start
             steps_per_s = env_steps / trained_s
-            update_gb = policies.memory_gb(device)
+            update_gb = memory_gb(device)
             peak_gb = max(peak_gb, rollout_gb, update_gb)
             for name, value in {
                 "charts/rollout_success": success[~lost].mean(), "charts/SPS": steps_per_s, "charts/env_steps": env_steps,

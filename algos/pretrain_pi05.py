@@ -16,16 +16,18 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, without an installation
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a file of a checkout runs that checkout's code
+import pi_stepnft  # noqa: F401
+
+sys.path.pop(0)
 
 import numpy as np
 import torch
 import tyro
 from tqdm import tqdm
 
-import envs
-import policies
-from envs import demos
+from pi_stepnft import envs, policies
+from pi_stepnft.envs import demos
 
 
 @dataclass

@@ -11,7 +11,10 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, without an installation
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a file of a checkout runs that checkout's code
+import pi_stepnft  # noqa: F401
+
+sys.path.pop(0)
 
 import numpy as np
 import torch
@@ -19,10 +22,9 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-import envs
-import policies
-from envs import datasets, demos
-from envs.evaluation import evaluate, record
+from pi_stepnft import envs, policies
+from pi_stepnft.envs import datasets, demos
+from pi_stepnft.harness.evaluation import evaluate, record
 
 
 @dataclass

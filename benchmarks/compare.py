@@ -26,13 +26,16 @@ from dataclasses import dataclass, field
 from itertools import cycle, groupby, repeat, zip_longest
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, without an installation
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a file of a checkout runs that checkout's code
+import pi_stepnft  # noqa: F401
+
+sys.path.pop(0)
 
 import numpy as np
 import tyro
 from tqdm import tqdm
 
-import envs
+from pi_stepnft import envs
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -25,14 +25,17 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, without an installation
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a file of a checkout runs that checkout's code
+import pi_stepnft  # noqa: F401
+
+sys.path.pop(0)
 
 import gymnasium as gym
 import numpy as np
 import tyro
 
-import envs
-from envs.spec import EnvSpec
+from pi_stepnft import envs
+from pi_stepnft.envs.base import EnvSpec
 
 
 @dataclass
@@ -102,7 +105,7 @@ def rate_of_maniskill(venv: gym.vector.AsyncVectorEnv, args: Args) -> float:
 
 
 def build_physics(spec: EnvSpec) -> None:
-    from envs.maniskill import ManiSkillEnv
+    from pi_stepnft.envs.maniskill.env import ManiSkillEnv
 
     global physics_env
     physics_env = ManiSkillEnv(spec)

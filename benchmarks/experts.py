@@ -14,15 +14,19 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a file of a checkout runs that checkout's code
+import pi_stepnft  # noqa: F401
+
+sys.path.pop(0)
 
 import numpy as np
 import tyro
 from tqdm import tqdm
 
-import envs
-from envs import experts, libero
-from envs.evaluation import wilson
+from pi_stepnft import envs
+from pi_stepnft.envs.libero import env as libero
+from pi_stepnft.envs.maniskill import experts
+from pi_stepnft.harness.evaluation import wilson
 
 OUT = Path(__file__).parent / "results"
 

@@ -65,7 +65,7 @@ def modelling(name: str) -> types.ModuleType:
 
 def lerobot_network(policy, train_expert_only: bool = False):
     """lerobot's `PI0Pytorch` or `PI05Pytorch` of this policy's type, sizes and weights, float32, in eval mode."""
-    from policies.checkpoint import published_name
+    from pi_stepnft.policies.checkpoint import published_name
 
     c = policy.config
     if c.heads != 8:

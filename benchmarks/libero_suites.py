@@ -10,15 +10,19 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, without an installation
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a file of a checkout runs that checkout's code
+import pi_stepnft  # noqa: F401
+
+sys.path.pop(0)
 
 import matplotlib
 import numpy as np
 import tyro
 from PIL import Image, ImageDraw, ImageFont
 
-import envs
-from envs import EVAL_SEED, libero
+from pi_stepnft import envs
+from pi_stepnft.envs import EVAL_SEED
+from pi_stepnft.envs.libero import env as libero
 
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
 SIZE, GAP, CAPTION = 144, 4, 30

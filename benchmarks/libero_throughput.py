@@ -21,13 +21,17 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, without an installation
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a file of a checkout runs that checkout's code
+import pi_stepnft  # noqa: F401
+
+sys.path.pop(0)
 
 import numpy as np
 import tyro
 
-import envs
-from envs import EVAL_SEED, libero
+from pi_stepnft import envs
+from pi_stepnft.envs import EVAL_SEED
+from pi_stepnft.envs.libero import env as libero
 
 
 @dataclass

@@ -20,16 +20,19 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, without an installation
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a file of a checkout runs that checkout's code
+import pi_stepnft  # noqa: F401
+
+sys.path.pop(0)
 
 import numpy as np
 import torch
 import tyro
 from safetensors.torch import save_file
 
-import policies
-from policies.checkpoint import TYPES
-from policies.weights import EXPERT, published_name
+from pi_stepnft import policies
+from pi_stepnft.policies.checkpoint import TYPES
+from pi_stepnft.policies.weights import EXPERT, published_name
 
 TINY_TOKENIZER = policies.processor.TINY_TOKENIZER  # PaliGemma's is not ours to ship; the length of the prompt is the same
 

@@ -19,15 +19,19 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, without an installation
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a file of a checkout runs that checkout's code
+import pi_stepnft  # noqa: F401
+
+sys.path.pop(0)
 
 import torch
 import tyro
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily  # as meta, but with a real device's kernels
 
-import policies
-from policies.checkpoint import TYPES
+from pi_stepnft import policies
+from pi_stepnft.harness import memory_gb
+from pi_stepnft.policies.checkpoint import TYPES
 
 MIDDLE = dict(
     image_size=112, vision_width=384, vision_depth=4, vision_mlp=1536, vision_heads=6, vlm_width=384, vlm_depth=4, vlm_mlp=2048,
@@ -140,7 +144,7 @@ def estimate(kind: str, train: str, dtype: torch.dtype, sizes: dict, args: Args)
 
 
 def resident() -> int:
-    return int(policies.memory_gb(torch.device("cpu")) * 1e9)
+    return int(memory_gb(torch.device("cpu")) * 1e9)
 
 
 def measure(kind: str, train: str, dtype: torch.dtype, checkpointing: bool, args: Args) -> dict[str, int]:

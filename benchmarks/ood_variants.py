@@ -12,17 +12,22 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a file of a checkout runs that checkout's code
+import pi_stepnft  # noqa: F401
+
+sys.path.pop(0)
 
 import numpy as np
 import tyro
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-import envs
-from envs import demos, maniskill, ood
-from envs.evaluation import wilson
-from envs.spec import EnvSpec
+from pi_stepnft import envs
+from pi_stepnft.envs import demos
+from pi_stepnft.envs.base import EnvSpec
+from pi_stepnft.envs.maniskill import env as maniskill
+from pi_stepnft.envs.maniskill import ood
+from pi_stepnft.harness.evaluation import wilson
 
 OUT = Path(__file__).parent / "results" / "ood_experts.json"
 IMAGES = Path(__file__).parents[1] / "docs" / "images"

@@ -18,13 +18,16 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, without an installation
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a file of a checkout runs that checkout's code
+import pi_stepnft  # noqa: F401
+
+sys.path.pop(0)
 
 import torch
 import tyro
 from lerobot_reference import LEROBOT, lerobot_inputs, lerobot_network, run_in_venv
 
-from policies import Pi0, Pi0Config, Pi05, Pi05Config
+from pi_stepnft.policies import Pi0, Pi0Config, Pi05, Pi05Config
 
 SIZES = dict(
     image_size=56, patch_size=14, num_cameras=3, vision_width=96, vision_depth=3, vision_mlp=192, vision_heads=4,

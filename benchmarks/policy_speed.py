@@ -25,13 +25,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, without an installation
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a file of a checkout runs that checkout's code
+import pi_stepnft  # noqa: F401
+
+sys.path.pop(0)
 
 import torch
 import tyro
 from lerobot_reference import LEROBOT, lerobot_inputs, lerobot_network, run_in_venv
 
-from policies import Pi0, Pi0Config, Pi05, Pi05Config
+from pi_stepnft.policies import Pi0, Pi0Config, Pi05, Pi05Config
 
 # lerobot's networks have 8 heads fixed in the code; tiny has 4 of 32 otherwise.
 SIZES = dict(

@@ -13,14 +13,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, without an installation
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a file of a checkout runs that checkout's code
+import pi_stepnft  # noqa: F401
+
+sys.path.pop(0)
 
 import numpy as np
 import tyro
 
-import envs
-from envs import datasets
-from envs.evaluation import evaluate_replay, wilson
+from pi_stepnft import envs
+from pi_stepnft.envs import datasets
+from pi_stepnft.harness.evaluation import evaluate_replay, wilson
 
 
 @dataclass

@@ -15,7 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, without an installation
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a file of a checkout runs that checkout's code
+import pi_stepnft  # noqa: F401
+
+sys.path.pop(0)
 
 import matplotlib
 
@@ -27,7 +30,7 @@ import tyro
 from matplotlib.patches import Circle, Rectangle
 from PIL import Image
 
-from algos import stepnft_pi0 as nft
+from pi_stepnft.algos import stepnft_pi0 as nft
 
 K, NOISE = 4, 0.2  # the authors' solver
 MODES = torch.tensor([[0.0, 1.2], [-1.04, -0.6], [1.04, -0.6]])  # the three ways to act that the start policy knows

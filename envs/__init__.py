@@ -4,22 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from envs import ood
-from envs.spec import EnvError, EnvSpec, num_cores
+from pi_stepnft.envs.base import EVAL_SEED, TRAIN_SEEDS, TUNING_SEED, EnvError, EnvSpec, num_cores
+from pi_stepnft.envs.maniskill import ood
 
 __all__ = ["EVAL_SEED", "TRAIN_SEEDS", "TUNING_SEED", "EnvError", "EnvSpec", "check", "make", "num_cores", "ood"]
-
-TRAIN_SEEDS = 500_000_000
-"""Training episodes use seeds below this, demonstrations those from here to TUNING_SEED."""
-TUNING_SEED = 1_000_000_000
-"""Evaluations by which settings are chosen use seeds from here on (`--eval-seed`), so that results are not picked by chance."""
-EVAL_SEED = 1_100_000_000
-"""Reported evaluations use seeds from here on: no initial state is shared with training, demonstrations or tuning."""
 
 
 def check(env_id: str) -> None:
     """Raise EnvError, in one line, for a task that does not exist, needs a download, or lacks its driver; creates nothing."""
-    from envs import libero, maniskill
+    from pi_stepnft.envs.libero import env as libero
+    from pi_stepnft.envs.maniskill import env as maniskill
 
     (libero if libero.is_libero(env_id) else maniskill).check(env_id)
 
@@ -58,7 +52,8 @@ def make(
         raise EnvError(f"obs_mode must be 'rgb' or 'state', got {obs_mode!r}")
     if backend not in ("auto", "cpu", "cuda"):
         raise EnvError(f"backend must be 'auto', 'cpu' or 'cuda', got {backend!r}")
-    from envs import libero, maniskill
+    from pi_stepnft.envs.libero import env as libero
+    from pi_stepnft.envs.maniskill import env as maniskill
 
     in_libero = libero.is_libero(env_id)
     if obs_mode == "rgb" and not in_libero:
@@ -71,10 +66,10 @@ def make(
     if in_libero and backend == "cuda":
         raise EnvError("LIBERO takes backend 'cpu' (or 'auto'), not 'cuda'")
     if backend == "cuda" or (backend == "auto" and not in_libero and maniskill.gpu_simulation()):
-        from envs.maniskill_cuda import CudaVecEnv
+        from pi_stepnft.envs.maniskill.cuda import CudaVecEnv
 
         return CudaVecEnv(spec, num_envs, chunk=chunk, seed=seed)
-    from envs.pool import ChunkVecEnv
+    from pi_stepnft.envs.pool import ChunkVecEnv
 
     return ChunkVecEnv(
         spec, num_envs, num_workers or num_cores(), chunk=chunk, seed=seed, observe_terminal=observe_terminal

@@ -24,8 +24,8 @@ from typing import Any
 import h5py
 import numpy as np
 
-from envs import demos
-from envs.spec import EnvError
+from pi_stepnft.envs import demos
+from pi_stepnft.envs.base import EnvError
 
 LIBERO_CAMERAS = "agentview_rgb", "eye_in_hand_rgb"
 LIBERO_STATE = "ee_pos", "ee_ori", "gripper_states"
@@ -206,7 +206,7 @@ def _libero(data: h5py.Group, file: Path, rotate: bool) -> Iterator[dict]:
 
 def _maniskill(opened: h5py.File, file: Path) -> Iterator[dict]:
     """`/traj_<i>/{actions, obs/…, success}`; observations have one row more than actions. The .json names task and control mode."""
-    from envs import maniskill
+    from pi_stepnft.envs.maniskill import env as maniskill
 
     sidecar = file.with_suffix(".json")
     if not sidecar.is_file():

@@ -21,8 +21,7 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-from envs import TRAIN_SEEDS
-from envs.spec import EnvError
+from pi_stepnft.envs.base import TRAIN_SEEDS, EnvError
 
 FORMAT = "pi-stepnft-demos-1"
 ARRAYS = ("image", "state", "action", "objects")
@@ -69,7 +68,7 @@ def demonstrate(env, seed: int, noise: float, observe: bool = True) -> dict | No
     off the expert's path together with the way back. Without `observe`, pictures and states are left black and zero, which saves
     most of the time where only success counts.
     """
-    from envs import experts
+    from pi_stepnft.envs.maniskill import experts
 
     try:
         expert = experts.make(env.spec.env_id)(env.base)
@@ -103,7 +102,7 @@ def collect(
     venv: an `envs.pool.ChunkVecEnv`, whose workers run the experts. The file appears when it is complete, never half-written.
     Raises EnvError if there is no expert for the task, or it fails more than half the time.
     """
-    from envs import experts
+    from pi_stepnft.envs.maniskill import experts
 
     spec = venv.spec
     try:

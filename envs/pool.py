@@ -17,7 +17,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from envs.spec import EnvError, EnvSpec, num_cores
+from pi_stepnft.envs.base import EnvError, EnvSpec, num_cores
 
 MAX_RESTARTS = 3
 """How many dead workers a pool replaces before it gives up."""
@@ -77,7 +77,7 @@ def _serve(pipe: Connection, spec: EnvSpec, slots: range, num_envs: int, threads
         elif command == "render":
             result = [(slot, envs[i].render()) for i, slot in payload]
         elif command == "demonstrate":
-            from envs.demos import demonstrate
+            from pi_stepnft.envs.demos import demonstrate
 
             result = demonstrate(envs[0], **payload)
         elif command == "close":

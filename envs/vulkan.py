@@ -4,8 +4,8 @@ SAPIEN, ManiSkill's simulator, creates a Vulkan device for every task, in state 
 driver is Mesa's lavapipe (24.3 or newer), which `scripts/setup_vulkan.sh` installs. Nothing here imports SAPIEN into
 the calling process.
 
-    python -m envs.vulkan            # renders one picture; prints the driver (exit code 0) or what to do (exit code 1)
-    python -m envs.vulkan --quick    # only creates the renderer: half a second
+    python -m pi_stepnft.envs.vulkan            # renders one picture; prints the driver (exit code 0) or what to do (exit code 1)
+    python -m pi_stepnft.envs.vulkan --quick    # only creates the renderer: half a second
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def check_driver(picture: bool = True, timeout: float = 120.0) -> str:
 def main() -> int:
     unknown = [argument for argument in sys.argv[1:] if argument != "--quick"]
     if unknown:
-        print(f"unknown argument {unknown[0]!r}; usage: python -m envs.vulkan [--quick]", file=sys.stderr)
+        print(f"unknown argument {unknown[0]!r}; usage: python -m pi_stepnft.envs.vulkan [--quick]", file=sys.stderr)
         return 1
     try:
         name = check_driver(picture="--quick" not in sys.argv[1:])

@@ -5,16 +5,15 @@ prefix = policy.encode_prefix(images, image_mask, tokens, token_mask)
 actions = policy.processor.unnormalize_actions(policy.sample(prefix, state))
 """
 
-from policies.checkpoint import bundled, load, load_training, save, save_training
-from policies.export import export
-from policies.lora import add_lora
-from policies.memory import Rows, memory_gb
-from policies.pi0 import Inputs, Pi0, Pi0Config, Prefix
-from policies.pi05 import Pi05, Pi05Config
-from policies.processor import NormStats, Processor, Tokenizer
-from policies.weights import CheckpointError, load_weights, read_json
+from pi_stepnft.policies.checkpoint import bundled, load, load_training, save, save_training
+from pi_stepnft.policies.export import export
+from pi_stepnft.policies.lora import add_lora
+from pi_stepnft.policies.pi0 import Inputs, Pi0, Pi0Config, Prefix
+from pi_stepnft.policies.pi05 import Pi05, Pi05Config
+from pi_stepnft.policies.processor import NormStats, Processor, Tokenizer
+from pi_stepnft.policies.weights import CheckpointError, load_weights, read_json
 
 __all__ = [
-    "CheckpointError", "Inputs", "NormStats", "Pi0", "Pi05", "Pi05Config", "Pi0Config", "Prefix", "Processor", "Rows", "Tokenizer",
-    "add_lora", "bundled", "export", "load", "load_training", "load_weights", "memory_gb", "read_json", "save", "save_training",
+    "CheckpointError", "Inputs", "NormStats", "Pi0", "Pi05", "Pi05Config", "Pi0Config", "Prefix", "Processor", "Tokenizer",
+    "add_lora", "bundled", "export", "load", "load_training", "load_weights", "read_json", "save", "save_training",
 ]  # fmt: skip

@@ -16,11 +16,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from policies import layouts, lora
-from policies.pi0 import Pi0, Pi0Config
-from policies.pi05 import Pi05, Pi05Config
-from policies.processor import NormStats, Processor, Tokenizer
-from policies.weights import (
+from pi_stepnft.policies import layouts, lora
+from pi_stepnft.policies.pi0 import Pi0, Pi0Config
+from pi_stepnft.policies.pi05 import Pi05, Pi05Config
+from pi_stepnft.policies.processor import NormStats, Processor, Tokenizer
+from pi_stepnft.policies.weights import (
     CheckpointError,
     Weights,
     is_finite,

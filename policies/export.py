@@ -10,9 +10,9 @@ from pathlib import Path, PurePosixPath
 import torch
 from safetensors.torch import save_file
 
-from policies import checkpoint
-from policies.pi0 import Pi0, Pi0Config
-from policies.weights import EXPERT, CheckpointError
+from pi_stepnft.policies import checkpoint
+from pi_stepnft.policies.pi0 import Pi0, Pi0Config
+from pi_stepnft.policies.weights import EXPERT, CheckpointError
 
 
 def export(policy: Pi0, folder: str | Path, asset_id: str, dtype: str | None = None) -> None:

@@ -16,9 +16,9 @@ from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, Repo
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from policies.pi0 import Pi0Config
-from policies.processor import NormStats
-from policies.weights import EMBEDDING, EXPERT, PALIGEMMA, STATISTICS, CheckpointError, Weights, listing, read_json
+from pi_stepnft.policies.pi0 import Pi0Config
+from pi_stepnft.policies.processor import NormStats
+from pi_stepnft.policies.weights import EMBEDDING, EXPERT, PALIGEMMA, STATISTICS, CheckpointError, Weights, listing, read_json
 
 HUB_FILES = ["*.json", "model*.safetensors", "policy_p*.safetensors", "tokenizer.model"]
 HUB_IGNORED = ["*/*.safetensors"]

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from policies.gemma import Linear
-from policies.pi0 import Pi0
+from pi_stepnft.policies.gemma import Linear
+from pi_stepnft.policies.pi0 import Pi0
 
 
 class LoRALinear(Linear):

@@ -25,7 +25,7 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
 
-from policies.gemma import AdaRMSNorm, Gemma, Linear, RMSNorm, additive_mask, rotary
+from pi_stepnft.policies.gemma import AdaRMSNorm, Gemma, Linear, RMSNorm, additive_mask, rotary
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from policies.gemma import Gemma
-from policies.pi0 import Pi0, Pi0Config, Prefix, time_embedding
+from pi_stepnft.policies.gemma import Gemma
+from pi_stepnft.policies.pi0 import Pi0, Pi0Config, Prefix, time_embedding
 
 
 @dataclass(frozen=True)

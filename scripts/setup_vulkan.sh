@@ -20,7 +20,7 @@ fi
 say() { printf '%s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }
 has_sapien() { "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("sapien") is None)' 2>/dev/null; }
-check() { "$python" -m envs.vulkan "$@"; }
+check() { "$python" -m pi_stepnft.envs.vulkan "$@"; }
 
 if has_sapien; then
   if check --quick >/dev/null 2>&1; then exit 0; fi

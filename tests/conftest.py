@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import policies
+from pi_stepnft import policies
 
 
 @pytest.fixture(scope="module")

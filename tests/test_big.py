@@ -10,10 +10,9 @@ from test_main import checkpoints, one_thread, run, same, scalars, train, weight
 from test_pi05 import random_policy
 from test_policies import encode, make_inputs, make_policy, velocity
 
-import envs
-import policies
-from algos import stepnft_pi0 as nft
-from policies.lora import LoRALinear
+from pi_stepnft import envs, harness, policies
+from pi_stepnft.algos import stepnft_pi0 as nft
+from pi_stepnft.policies.lora import LoRALinear
 
 BOTH = pytest.mark.parametrize("make", [make_policy, random_policy], ids=["pi0", "pi05"])
 
@@ -200,7 +199,7 @@ def test_rows_are_those_of_the_joined_batches():
     inputs = make_inputs(policy, batch=11)
     whole = policies.Inputs(*(inputs[name] for name in ("images", "image_mask", "tokens", "token_mask")))
     prefix = policy.encode_prefix(*whole)
-    of_prefixes, of_inputs = policies.Rows("cpu"), policies.Rows("cpu")
+    of_prefixes, of_inputs = harness.Rows("cpu"), harness.Rows("cpu")
     for part in torch.arange(11).split([4, 1, 6]):
         of_prefixes.append(prefix[part])
         of_inputs.append(whole[part])
@@ -260,9 +259,9 @@ def test_the_velocity_compiles_as_a_whole_with_everything_on(make):
 
 
 def test_memory_is_what_the_process_holds():
-    before = policies.memory_gb(torch.device("cpu"))
+    before = harness.memory_gb(torch.device("cpu"))
     block = torch.ones(50_000_000)
-    assert 0.15 < policies.memory_gb(torch.device("cpu")) - before < 0.35 and before > 0.05
+    assert 0.15 < harness.memory_gb(torch.device("cpu")) - before < 0.35 and before > 0.05
     del block
 
 

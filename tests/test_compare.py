@@ -162,14 +162,14 @@ def test_unknown_names_end_in_one_line(root, args, message):
 
 def test_every_ablation_and_trial_is_valid_and_changes_something():
     for label, (algorithm, extra) in compare.ABLATIONS.items():
-        module = importlib.import_module(f"algos.{algorithm}")
+        module = importlib.import_module(f"pi_stepnft.algos.{algorithm}")
         args = tyro.cli(module.Args, args=shlex.split(extra))
         module.check(args)
         assert (asdict(args) == asdict(module.Args())) == (label == "stepnft-default"), extra
     offline = ("sft", "pretrain", "evaluate")
     online = [path.stem for path in (ROOT / "algos").glob("*.py") if not path.stem.startswith(offline)]
     for algorithm in online:
-        module = importlib.import_module(f"algos.{algorithm}")
+        module = importlib.import_module(f"pi_stepnft.algos.{algorithm}")
         for extra in compare.TRIALS[algorithm.split("_")[0]]:
             module.check(tyro.cli(module.Args, args=shlex.split(f"{extra} {compare.TUNING}")))
 

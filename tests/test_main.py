@@ -20,10 +20,9 @@ import torch
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import envs
-import policies
-from algos import sft_pi0, stepnft_pi0
-from envs import demos
+from pi_stepnft import envs, policies
+from pi_stepnft.algos import sft_pi0, stepnft_pi0
+from pi_stepnft.envs import demos
 
 ROOT = Path(__file__).resolve().parent.parent
 STATE_DIMS = dict(rgb=29, state=42)  # of PickCube-v1

@@ -6,10 +6,12 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-import envs
-from envs import demos, maniskill, ood, vulkan
-from envs.maniskill_cuda import CudaVecEnv
-from envs.spec import EnvError, EnvSpec
+from pi_stepnft import envs
+from pi_stepnft.envs import demos, vulkan
+from pi_stepnft.envs.base import EnvError, EnvSpec
+from pi_stepnft.envs.maniskill import env as maniskill
+from pi_stepnft.envs.maniskill import ood
+from pi_stepnft.envs.maniskill.cuda import CudaVecEnv
 
 try:
     vulkan.check_driver(picture=False)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from test_policies import SMALL, encode, relative_error
 
-from policies import Pi0, Pi0Config, Pi05, Pi05Config
+from pi_stepnft.policies import Pi0, Pi0Config, Pi05, Pi05Config
 
 LIMIT = 1e-5
 

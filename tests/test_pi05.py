@@ -12,9 +12,9 @@ import pytest
 import torch
 from test_policies import SMALL, encode, make_inputs, make_processor, velocity
 
-import policies
-from policies import CheckpointError, Pi0, Pi0Config, Pi05, Pi05Config, Tokenizer
-from policies.gemma import AdaptiveBlock, AdaRMSNorm, Block, additive_mask, rotary
+from pi_stepnft import policies
+from pi_stepnft.policies import CheckpointError, Pi0, Pi0Config, Pi05, Pi05Config, Tokenizer
+from pi_stepnft.policies.gemma import AdaptiveBlock, AdaRMSNorm, Block, additive_mask, rotary
 
 
 def fresh(seed: int = 0, **overrides) -> Pi05:

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-import policies
-from policies import CheckpointError, NormStats, Pi0, Pi0Config, Prefix, Processor, Tokenizer, gemma
-from policies.checkpoint import published_name
-from policies.gemma import rotary, rotate
-from policies.processor import resize_with_padding
+from pi_stepnft import policies
+from pi_stepnft.policies import CheckpointError, NormStats, Pi0, Pi0Config, Prefix, Processor, Tokenizer, gemma
+from pi_stepnft.policies.checkpoint import published_name
+from pi_stepnft.policies.gemma import rotary, rotate
+from pi_stepnft.policies.processor import resize_with_padding
 
 SMALL = dict(
     image_size=24, patch_size=12, num_cameras=2, vision_width=16, vision_depth=2, vision_mlp=24, vision_heads=2,

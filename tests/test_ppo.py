@@ -14,9 +14,8 @@ from test_pi05 import random_policy
 from torch import nn
 from torch.distributions import Normal
 
-import envs
-import policies
-from algos import ppo_pi0, ppo_pi05, stepnft_pi0
+from pi_stepnft import envs, policies
+from pi_stepnft.algos import ppo_pi0, ppo_pi05, stepnft_pi0
 
 K, NOISE = 4, 0.5  # the authors' solver
 SOLVER = dict(num_steps=K, noise_level=NOISE)

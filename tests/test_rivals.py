@@ -17,9 +17,8 @@ from test_main import checkpoints, one_thread, only_run, refusal, run, same, sca
 from test_stepnft import Field, prefix_and_state, succeeded
 from torch.distributions import Normal
 
-import envs
-import policies
-from algos import grpo_pi0, grpo_pi05, nft_pi0, nft_pi05, rft_pi0, rft_pi05, stepnft_pi0
+from pi_stepnft import envs, policies
+from pi_stepnft.algos import grpo_pi0, grpo_pi05, nft_pi0, nft_pi05, rft_pi0, rft_pi05, stepnft_pi0
 
 K = 4
 MODULES = dict(grpo=grpo_pi0, nft=nft_pi0, rft=rft_pi0)

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import policies
-from algos import stepnft_pi0 as nft
+from pi_stepnft import policies
+from pi_stepnft.algos import stepnft_pi0 as nft
 
 K, NOISE = 4, 0.2  # the authors' solver
 BOTH = pytest.mark.parametrize("granularity", ["position", "chunk"])

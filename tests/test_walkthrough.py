@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from algos import stepnft_pi0 as nft
 from benchmarks import walkthrough as toy
+from pi_stepnft.algos import stepnft_pi0 as nft
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "walkthrough.md").read_text()

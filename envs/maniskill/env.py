@@ -11,8 +11,9 @@ import gymnasium as gym
 import numpy as np
 import torch
 
-from envs import ood, vulkan
-from envs.spec import EnvError, EnvSpec
+from pi_stepnft.envs import vulkan
+from pi_stepnft.envs.base import EnvError, EnvSpec
+from pi_stepnft.envs.maniskill import ood
 
 INSTRUCTIONS = {
     "PickCube-v1": "pick up the red cube and move it to the goal",
@@ -109,8 +110,8 @@ def _make(spec: EnvSpec, num_envs: int, backend: str) -> gym.Env:
     check(spec.env_id)
     from mani_skill.utils import sapien_utils
 
-    from envs.meshes import light_meshes
-    from envs.shaders import lean_shaders
+    from pi_stepnft.envs.maniskill.meshes import light_meshes
+    from pi_stepnft.envs.maniskill.shaders import lean_shaders
 
     on_gpu = backend == "cuda" or vulkan.renders_on_gpu()
     kwargs = dict(
@@ -203,7 +204,7 @@ class ManiSkillEnv:
 
     def _bind(self) -> None:
         """Take the fast controller and grasp check into use for the current agent."""
-        from envs import fast_control
+        from pi_stepnft.envs.maniskill import fast_control
 
         self._bound = agent = self.base.agent
         if self.spec.fast_control:
@@ -213,8 +214,8 @@ class ManiSkillEnv:
 
     def reset(self, seed: int) -> None:
         """Start the episode that belongs to `seed`: the same seed gives the same initial state."""
-        from envs.meshes import light_meshes
-        from envs.shaders import lean_shaders
+        from pi_stepnft.envs.maniskill.meshes import light_meshes
+        from pi_stepnft.envs.maniskill.shaders import lean_shaders
 
         # Some tasks build a new scene for every episode.
         with torch.inference_mode(), light_meshes(self.spec.mesh_keep), lean_shaders(self._software):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import sapien
 
-from envs.meshes import cache_dir
+from pi_stepnft.envs.maniskill.meshes import cache_dir
 
 PACKS = ("common", "minimal")
 CUTS = {

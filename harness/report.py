@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from envs import EVAL_SEED
-from envs.evaluation import wilson
-from envs.libero import is_libero
+from pi_stepnft.envs import EVAL_SEED
+from pi_stepnft.envs.libero.env import is_libero
+from pi_stepnft.harness.evaluation import wilson
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
 """Of the checkpoints, in order (Okabe and Ito's, which colour-blind readers can tell apart)."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from policies.pi0 import Inputs, Prefix
+from pi_stepnft.policies.pi0 import Inputs, Prefix
 
 
 class Rows:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from envs import EVAL_SEED
+from pi_stepnft.envs import EVAL_SEED
 
 Act = Callable[[dict[str, np.ndarray], list[str]], np.ndarray]
 """obs {"image": (b, cameras, H, W, 3), "state": (b, S)}, b instructions → action chunks (b, n, A)."""

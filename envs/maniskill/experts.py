@@ -27,7 +27,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from envs import libero, ood
+from pi_stepnft.envs.libero import env as libero
+from pi_stepnft.envs.maniskill import ood
 
 STEP_FRACTION = 1 - np.exp(-0.5)  # of a commanded offset covered in one control step, see above
 COMMAND = 0.1  # m of translation, or rad of rotation, commanded by one unit of action (Panda agent's controller config)
@@ -267,7 +268,7 @@ def make(env_id: str) -> type:
     Tasks of LIBERO have theirs in `envs.libero_experts`.
     """
     if libero.is_libero(env_id):
-        from envs import libero_experts  # imports MuJoCo
+        from pi_stepnft.envs.libero import experts as libero_experts  # imports MuJoCo
 
         return libero_experts.make(env_id)
     task = ood.task_of(env_id)

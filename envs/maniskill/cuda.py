@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from envs import maniskill
-from envs.pool import ChunkEnv
-from envs.spec import EnvError, EnvSpec
+from pi_stepnft.envs.base import EnvError, EnvSpec
+from pi_stepnft.envs.maniskill import env as maniskill
+from pi_stepnft.envs.pool import ChunkEnv
 
 
 def _rows(tree: Any, index: torch.Tensor) -> Any:

@@ -6,6 +6,13 @@ import os
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+TRAIN_SEEDS = 500_000_000
+"""Training episodes use seeds below this, demonstrations those from here to TUNING_SEED."""
+TUNING_SEED = 1_000_000_000
+"""Evaluations by which settings are chosen use seeds from here on (`--eval-seed`), so that results are not picked by chance."""
+EVAL_SEED = 1_100_000_000
+"""Reported evaluations use seeds from here on: no initial state is shared with training, demonstrations or tuning."""
+
 
 def num_cores() -> int:
     """Cores that this process may use, which under Slurm, taskset or in a container can be fewer than the machine has."""
@@ -39,11 +46,11 @@ class EnvSpec:
     kwargs: dict = field(default_factory=dict)
     """More keyword arguments for the simulator's own constructor."""
 
-    death: ClassVar[str] = "a broken Vulkan driver or too little memory; check the driver with: python -m envs.vulkan"
+    death: ClassVar[str] = "a broken Vulkan driver or too little memory; check the driver with: python -m pi_stepnft.envs.vulkan"
     """Why a worker process may have died, and what to do."""
 
     def create(self, slot: int, num_envs: int) -> Any:
         """The environment for place `slot` among `num_envs`: what a process pool's worker steps (see `ManiSkillEnv`)."""
-        from envs.maniskill import ManiSkillEnv
+        from pi_stepnft.envs.maniskill.env import ManiSkillEnv
 
         return ManiSkillEnv(self)

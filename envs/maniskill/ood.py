@@ -22,7 +22,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.envs.registration import WrapperSpec
 
-from envs.spec import EnvError
+from pi_stepnft.envs.base import EnvError
 
 # Lengths are in metres in the world frame (robot base at x = -0.615, facing +x; the table is z = 0), colours are linear RGB in
 # [0, 1]. In the pictures of the default camera, which looks back at the robot, +x is near and +y is on the right.
@@ -595,7 +595,7 @@ def _lay_tablecloth(scene: Any, colors: tuple[RGB, ...], check: float) -> None:
 
 def create(variant: str, **kwargs: Any) -> gym.Env:
     """The ManiSkill environment of a variant, without a step limit; gymnasium's entry point."""
-    from envs import maniskill
+    from pi_stepnft.envs.maniskill import env as maniskill
 
     maniskill.check(variant)
     task = task_of(variant)
@@ -609,7 +609,7 @@ def _register() -> None:
         for variant in variants(env_id):
             gym.register(
                 variant,
-                entry_point="envs.ood:create",
+                entry_point="pi_stepnft.envs.maniskill.ood:create",
                 kwargs=dict(variant=variant),
                 disable_env_checker=True,
                 additional_wrappers=(limit,),

