@@ -1,5 +1,27 @@
-"""What every run needs and no algorithm is: evaluation and its statistics, reports, films, storage of rollouts."""
+"""What every run needs and no algorithm is: arguments, records, storage of rollouts, evaluation, reports, films.
 
-from pi_stepnft.harness.storage import Rows, memory_gb
+An algorithm calls this room; it never calls back.
+"""
 
-__all__ = ["Rows", "memory_gb"]
+from pi_stepnft.harness.args import (
+    Count,
+    CountOrZero,
+    Positive,
+    PositiveOrZero,
+    RLArgs,
+    RunError,
+    Seed,
+    Share,
+    TrainArgs,
+    check,
+    env_options,
+    parse,
+)
+from pi_stepnft.harness.run import Averages, Run, check_fit, choose_device, command, commit, one_line_errors
+from pi_stepnft.harness.storage import Prefixes, Rows, memory_gb
+
+__all__ = [
+    "Averages", "Count", "CountOrZero", "Positive", "PositiveOrZero", "Prefixes", "RLArgs", "Rows", "Run", "RunError", "Seed",
+    "Share", "TrainArgs", "check", "check_fit", "choose_device", "command", "commit", "env_options", "memory_gb", "one_line_errors",
+    "parse",
+]  # fmt: skip

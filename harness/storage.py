@@ -1,13 +1,14 @@
-"""What large policies ask of memory: rows of stored batches without a second copy, and a look at how much is in use."""
+"""Storage of rollouts: rows of stored batches without a second copy, and a look at how much memory is in use."""
 
 import os
 import resource
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pi_stepnft.policies.pi0 import Inputs, Prefix
+from pi_stepnft.policies.pi0 import Inputs, Pi0, Prefix
 
 
 class Rows:
@@ -34,6 +35,26 @@ class Rows:
             parts.append(self.batches[i][rows[order[first : first + n]] - (ends[i] - len(self.batches[i]))])
             first += n
         return type(parts[0]).cat(parts)[order.argsort()]
+
+
+class Prefixes(Rows):
+    """The prefixes of an iteration's chunks, kept on the device or in host memory, or their inputs, to be encoded again.
+
+    cache: "device", "cpu", or "off" for inputs, which take less room, and which a VLM that is trained itself needs.
+    """
+
+    def __init__(self, cache: str, device: torch.device | str):
+        super().__init__(device if cache == "device" else "cpu")
+        self.target, self.encoded = device, cache != "off"
+
+    def remember(self, inputs: Sequence[Tensor], prefix: Prefix) -> None:
+        """Another batch: its inputs (images, image_mask, tokens, token_mask), and the prefix that was made of them."""
+        self.append(prefix if self.encoded else Inputs(*inputs))
+
+    def recall(self, policy: Pi0, rows: Tensor) -> Prefix:
+        """The prefixes of rows (M,) int64 as `policy` sees them, on the device."""
+        batch = self[rows].to(self.target)
+        return batch if self.encoded else policy.encode_prefix(*batch)
 
 
 def memory_gb(device: torch.device) -> float:

@@ -1,0 +1,368 @@
+"""`Run`: the records of one training, which an algorithm calls and which never calls back.
+
+Folder and arguments, seeds, device and threads, TensorBoard and Weights & Biases, the learning curve and the minutes that it took,
+evaluations, checkpoints, result.json and the last sentence. What is learned, and how, is the algorithm's file alone.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import pi_stepnft
+from pi_stepnft import envs, policies
+from pi_stepnft.harness.args import RLArgs, RunError, check, env_options
+from pi_stepnft.harness.evaluation import Evaluation, evaluate, plot_curve, record
+from pi_stepnft.harness.storage import Prefixes, memory_gb
+
+ITERATIONS = {"pi0": 120, "pi05": 200}
+"""Rounds where --iterations is not given: what half an hour on two cores about allows."""
+NAMES = {"pi0": "π0", "pi05": "π0.5"}
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+
+
+class Averages(dict):
+    """Weighted means of what the updates of an iteration report."""
+
+    def add(self, values: dict[str, float | torch.Tensor], weight: float = 1.0) -> None:
+        for name, value in values.items():
+            total, weights = self.get(name, (0.0, 0.0))
+            self[name] = total + weight * float(value), weights + weight
+
+    def means(self) -> dict[str, float]:
+        return {name: total / weights for name, (total, weights) in self.items()}
+
+
+class Run:
+    """One training. An algorithm reads its args, device, execute (actions executed of a chunk), mask ((H, A) bool: what of a chunk
+    is executed) and rng (of the initial states), and counts up env_steps.
+
+    algorithm: its name in folders and results; policy_type: "pi0" or "pi05", None where the checkpoint says which.
+    Raises RunError or EnvError, in one line, for arguments that cannot work.
+    """
+
+    def __init__(self, algorithm: str, args: RLArgs, policy_type: str | None = None):
+        check(args)
+        self.algorithm, self.args = algorithm, replace(args)
+        self.device = choose_device(args.device)
+        random.seed(args.seed)
+        np.random.seed(args.seed)
+        torch.manual_seed(args.seed)
+        self.rng = np.random.default_rng(args.seed)
+        torch.set_num_threads(args.num_threads or envs.num_cores())
+        start = policy_type or getattr(args, "policy", "pi0")
+        self.checkpoint = args.checkpoint or bundled_start(args.env_id, args.obs_mode, start)
+        self._expect = policy_type
+        self.prefix_cache = args.prefix_cache or ("device" if args.train == "expert" else "off")
+        self.iteration, self.env_steps, self.trained_s, self.curve, self.peak_gb = 0, 0, 0.0, [], 0.0
+        self._stopped: str | None = None
+        self._in_iteration = False
+
+    # ------------------------------------------------------------------------------------------------ policy and environments
+
+    def load_policy(self) -> policies.Pi0:
+        """The policy to train, frozen and adapted as --train says; with --resume the run's own."""
+        args, lora = self.args, self.args.train == "lora"
+        resumed = args.resume and not lora  # saved policies have their adapters merged
+        source = Path(args.resume) / "policy" if resumed else self.checkpoint
+        dtype, trained = getattr(torch, args.dtype), None if lora else args.train
+        policy = policies.load(source, self.device, dtype, expect=self._expect, trained=trained)
+        trained_on = policy.meta.get("obs_mode", args.obs_mode)
+        if trained_on != args.obs_mode:
+            raise RunError(f"{self.checkpoint} acts in {trained_on} mode: add --obs-mode {trained_on}, or another --checkpoint")
+        if args.train == "expert":
+            policy.freeze_vlm()
+        elif lora:
+            policies.add_lora(policy, args.lora_rank, args.lora_alpha)
+        policy.checkpoint_gradients(args.gradient_checkpointing)
+        args.iterations = args.iterations or ITERATIONS[policy.config.type]
+        H, A = policy.config.horizon, policy.config.action_dim
+        self.execute = args.execute or policy.meta.get("execute", H)
+        if self.execute > H:
+            raise RunError(f"--execute {self.execute} is longer than the {H} actions that {self.checkpoint} predicts")
+        self.mask = torch.zeros(H, A, dtype=torch.bool, device=self.device)
+        self.mask[: self.execute, : len(policy.processor.action_stats.mean)] = True
+        self.policy_type = policy.config.type
+        label = self.algorithm if self.policy_type == "pi0" else f"{self.algorithm}-{self.policy_type}"
+        task = args.env_id.replace("/", "-").replace(":", "-")
+        self.folder = Path(args.resume or f"runs/{label}-{task}-{args.obs_mode}-{args.seed}-{int(time.time())}")
+        return policy
+
+    def make_envs(self, policy: policies.Pi0):
+        """The training's environments, which evaluate it too. Raises EnvError or RunError where task and policy do not fit."""
+        args = self.args
+        self.venv = envs.make(
+            args.env_id, args.num_envs, obs_mode=args.obs_mode, seed=args.seed, chunk=self.execute,
+            image_size=policy.config.image_size, observe_terminal=False, **env_options(args),
+        )
+        atexit.register(self.venv.close)  # workers and shared memory go with the program, however it ends
+        check_fit(policy, self.venv, self.checkpoint)
+        return self.venv
+
+    def prefixes(self) -> Prefixes:
+        """An empty store for the prefixes of an iteration's chunks, as --prefix-cache says."""
+        return Prefixes(self.prefix_cache, self.device)
+
+    # ------------------------------------------------------------------------------------------------ from start to end
+
+    def begin(
+        self,
+        trained: dict[str, policies.Pi0],
+        optimizer: torch.optim.Optimizer,
+        unsaved: dict[str, list[torch.Tensor]] | None = None,
+    ) -> None:
+        """Open the run's folder and logs; evaluate the start, or with --resume go back to where the run stood.
+
+        trained: policies by the name of their folder, the one to report first; unsaved: tensors by name that no policy's checkpoint
+        holds, such as a value head's.
+        """
+        args = self.args
+        self.trained, self.optimizer, self.unsaved = trained, optimizer, dict(unsaved or {})
+        if args.train == "lora":
+            self.unsaved |= {name: [p for p in policy.parameters() if p.requires_grad] for name, policy in trained.items()}
+        if args.resume:
+            if args.train != "lora":
+                for name, policy in list(trained.items())[1:]:
+                    policies.load_weights(policy, self.folder / name / "model.safetensors")
+            progress = policies.load_training(self.folder, optimizer, self.rng, self.unsaved)
+            self.iteration, self.env_steps, self.trained_s, self.curve = (
+                progress[name] for name in ("iteration", "env_steps", "trained_s", "curve")
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / "args.json", asdict(args) | {"resume": None})
+        if args.track:
+            import wandb
+
+            wandb.init(project="pi-stepnft", id=self.folder.name, name=self.folder.name, resume="allow", config=asdict(args),
+                       sync_tensorboard=True, mode=None if os.environ.get("WANDB_API_KEY") else "offline")
+        self.writer = SummaryWriter(str(self.folder), purge_step=self.iteration + 1 if self.curve else None)
+        self.writer.add_text("hyperparameters", json.dumps(asdict(args), indent=2))
+        if not self.curve:
+            print(f"before: {self.evaluate('before')}")
+
+    def iterations(self) -> Iterator[int]:
+        """The numbers of the iterations that are left, from 0 on, until they are done, the time is up or a signal asks to stop."""
+        limit, before = 60 * self.args.max_minutes, self.trained_s
+        self._start = time.time() - self.trained_s
+        for name in SIGNALS:
+            signal.signal(name, self._stop)
+        self._bar = tqdm(total=self.args.iterations, initial=self.iteration, desc=self.algorithm.upper(), smoothing=0.1)
+        while self.iteration < self.args.iterations and not 0 < limit < self.trained_s - before and not self._stopped:
+            self._began, self._laps, self._in_iteration = time.time(), {}, True
+            yield self.iteration
+            self._in_iteration = False
+        self._bar.close()
+
+    def lap(self, name: str) -> None:
+        """The part of the iteration that is called `name` ("rollout", "update") ends here."""
+        seconds, gb = time.time() - self._began - sum(s for s, _ in self._laps.values()), memory_gb(self.device)
+        self._laps[name] = seconds, gb
+        self.peak_gb = max(self.peak_gb, gb)
+
+    def clip_gradient(self, parameters: Iterable[torch.Tensor]) -> torch.Tensor:
+        """Limit the gradient's norm to --max-grad-norm and return what it was. Raises RunError, before any weight changes, if it is
+        not finite."""
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
+        if not torch.isfinite(norm):
+            raise RunError(f"the gradient is not finite at iteration {self.iteration}: lower --learning-rate; the last checkpoint "
+                           f"in {self.folder} is intact")
+        return norm
+
+    def log(self, success: np.ndarray, lost: np.ndarray, losses: Averages, **charts: float) -> None:
+        """Count the iteration and tell TensorBoard and the progress bar of it. success, lost: (E,) of the rollouts' episodes."""
+        self.lap("update")
+        self.iteration += 1
+        self.trained_s = time.time() - self._start
+        charts = dict(rollout_success=success[~lost].mean(), SPS=self.env_steps / self.trained_s, env_steps=self.env_steps) | charts
+        for name, (seconds, gb) in self._laps.items():
+            charts |= {f"{name}_s": seconds, f"memory_{name}_gb": gb}
+        charts["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        scalars = {f"charts/{name}": value for name, value in charts.items()}
+        for name, value in (scalars | {f"losses/{name}": value for name, value in losses.means().items()}).items():
+            self.writer.add_scalar(name, value, self.iteration)
+        self._bar.update()
+        self._bar.set_postfix(success=f"{100 * success.mean():.0f}%", SPS=f"{charts['SPS']:.0f}", refresh=False)
+
+    def evaluate_and_save_when_due(self) -> None:
+        """An evaluation every --eval-every iterations, which does not count as training time; a checkpoint every --save-every."""
+        args, last = self.args, self.iteration == self.args.iterations
+        if args.eval_every and self.iteration % args.eval_every == 0 and not last:
+            result = self.evaluate()
+            tqdm.write(f"iteration {self.iteration}, {self.env_steps} environment steps, {self.trained_s / 60:.1f} min: {result}")
+            self._start = time.time() - self.trained_s
+        if self.iteration % args.save_every == 0 or last or self._stopped:
+            self.save()
+
+    def finish(self, **facts: Any) -> None:
+        """Evaluate and save the end, film it, and write result.json. facts: more entries of it.
+
+        A run that a signal has stopped has nothing to report yet: it is saved, and the program ends with how to go on.
+        """
+        args = self.args
+        if self._stopped:
+            self.writer.close()
+            sys.exit(f"stopped by {self._stopped} after iteration {self.iteration}; go on with --resume {self.folder}")
+        policy, *others = self.trained
+        self.save()
+        result = self.evaluate("after")
+        more = {name: self.success_rate(self.trained[name], args.final_eval_episodes, f"evaluation of {name}") for name in others}
+        for name, evaluation in more.items():
+            self.writer.add_scalar(f"eval/success_{name}", evaluation.rate, self.iteration)
+        self.save()
+        film = f"videos/{self.folder.name}.mp4"
+        if args.video:
+            record(self.venv, self._act(self.trained[policy]), film, execute=self.execute, seed=args.eval_seed)
+        self.venv.close()
+        self.writer.close()
+        outcome = ("success", "interval", "episodes")
+        write_json(self.folder / "result.json", dict(
+            command=shlex.join(["python", *sys.argv]), commit=commit(), algorithm=f"{self.algorithm}_{self.policy_type}",
+            env_id=args.env_id, obs_mode=args.obs_mode, seed=args.seed, checkpoint=self.checkpoint, iterations=self.iteration,
+            env_steps=self.env_steps, training_minutes=self.trained_s / 60,
+            parameters_trained=sum(p.numel() for group in self.optimizer.param_groups for p in group["params"]),
+            peak_memory_gb=self.peak_gb, **facts,
+            before={name: self.curve[0][name] for name in outcome}, after={name: self.curve[-1][name] for name in outcome},
+            **{f"after_{name}": dict(success=e.rate, interval=e.interval, episodes=len(e.success)) for name, e in more.items()},
+            versions=dict(torch=torch.__version__, python=sys.version.split()[0]), args=asdict(args), curve=self.curve,
+        ))
+        print(f"checkpoints, curve.png and result.json in {self.folder}" + (f", video in {film}" if args.video else ""))
+        also = "".join(f"; {name}: {evaluation}" for name, evaluation in more.items())
+        before, (low, high) = 100 * self.curve[0]["success"], self.curve[0]["interval"]
+        print(f"{args.env_id} ({args.obs_mode}): {before:.1f} % [{100 * low:.1f}, {100 * high:.1f}] → {result}{also}; "
+              f"{self.env_steps} environment steps in {self.trained_s / 60:.1f} min of training")
+
+    # ------------------------------------------------------------------------------------------------ records
+
+    def _act(self, policy: policies.Pi0):
+        """The policy by the ODE, with the same noise every time."""
+        generator = torch.Generator(self.device).manual_seed(0)
+        return lambda obs, text: policy.act(obs, text, self.args.num_steps, generator)
+
+    def success_rate(self, policy: policies.Pi0, episodes: int, label: str) -> Evaluation:
+        """Success by the ODE on held-out seeds, the same ones and the same noise every time."""
+        policy.eval()
+        seed = self.args.eval_seed
+        return evaluate(self.venv, self._act(policy), episodes, execute=self.execute, seed=seed, progress=label)
+
+    def evaluate(self, when: str = "") -> Evaluation:
+        """Evaluate the policy and add the result to the learning curve. when: "before" or "after", with more episodes."""
+        episodes = self.args.final_eval_episodes if when else self.args.eval_episodes
+        result = self.success_rate(next(iter(self.trained.values())), episodes, f"evaluation {when}".strip())
+        self.curve.append(dict(iteration=self.iteration, env_steps=self.env_steps, minutes=self.trained_s / 60, success=result.rate,
+                               interval=result.interval, episodes=len(result.success)))
+        self.writer.add_scalar("eval/success", result.rate, self.iteration)
+        return result
+
+    def save(self) -> None:
+        """Write all that --resume needs, and the curve's picture."""
+        args = self.args
+        made = {"iteration": self.iteration, "env_steps": self.env_steps, "seed": args.seed}
+        for name, policy in self.trained.items():
+            policy.meta = policy.meta | {"execute": self.execute, "num_steps": args.num_steps, self.algorithm: made}
+            policies.save(policy, self.folder / name)
+        progress = dict(iteration=self.iteration, env_steps=self.env_steps, trained_s=self.trained_s, curve=self.curve)
+        policies.save_training(self.folder, self.optimizer, self.rng, progress, self.unsaved)
+        plot_curve(self.curve, self.folder / "curve.png", f"{args.env_id} ({args.obs_mode}), seed {args.seed}")
+
+    def _stop(self, number: int, frame: Any) -> None:
+        """The first signal ends the run after the iteration that it comes in; a second one, or one outside of them, ends it now."""
+        if not self._in_iteration or self._stopped:
+            raise KeyboardInterrupt(f"go on with --resume {self.folder}")
+        self._stopped = signal.Signals(number).name
+        tqdm.write(f"{self._stopped}: ending this iteration, then saving (once more: stop at once)")
+
+
+# --------------------------------------------------------------------------------------------------- what others need of this
+
+
+def choose_device(name: str) -> torch.device:
+    """"cpu", "cuda", or for "auto" whichever there is. Raises RunError where there is no such thing."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise RunError("--device cuda: PyTorch finds no GPU here; give auto or cpu")
+    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
+
+
+def check_fit(policy: policies.Pi0, venv, name: str) -> None:
+    """Raise RunError where a policy called `name` takes other states or actions than the environments have."""
+    for what, given, expected in (
+        ("state", venv.single_observation_space["state"].shape[0], len(policy.processor.state_stats.mean)),
+        ("action", venv.action_dim, len(policy.processor.action_stats.mean)),
+    ):
+        if given != expected:
+            raise RunError(f"{name} takes {expected} {what} dimensions, {venv.spec.env_id} has {given}: use its policy")
+
+
+def bundled_start(env_id: str, obs_mode: str, policy_type: str) -> str:
+    """Name of the checkpoint that ships for a task. Raises RunError with the command that makes one where there is none."""
+    task = env_id.partition("/")[0]
+    for name in policies.bundled():
+        described = policies.read_json(policies.checkpoint.BUNDLED / name / "config.json")
+        meta = described["meta"]
+        if (described["type"], meta.get("env_id"), meta.get("obs_mode")) == (policy_type, task, obs_mode):
+            return name
+    envs.check(env_id)
+    where = f"--env-id {env_id} --obs-mode {obs_mode}"
+    sft, pretrain = command("sft"), command("pretrain")
+    if policy_type == "pi05":
+        how = f"{pretrain} --policy pi05 {where} --output runs/pretrained, then {sft} --policy pi05 {where} --base runs/pretrained"
+    else:
+        how = f"{sft} {where}"
+    raise RunError(f"no bundled {NAMES[policy_type]} checkpoint for {env_id} in {obs_mode} mode; make one with: {how} --output "
+                   "runs/sft, then add --checkpoint runs/sft")
+
+
+def checkout() -> Path | None:
+    """The root of the checkout that this code runs from; None where it is installed."""
+    root = Path(pi_stepnft.__file__).resolve().parents[1]
+    return root if (root / "algos").is_dir() else None
+
+
+def command(program: str) -> str:
+    """How a user calls one of the programs: by its file in a checkout, by its console command in an installation."""
+    return f"python algos/{program}.py" if checkout() else f"pi-stepnft-{program}"
+
+
+def commit() -> str | None:
+    """The commit that the code is at, with "-dirty" where files differ from it; None where that is not known."""
+    if checkout() is None:
+        return None
+    git = ["git", "-C", str(checkout()), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file so that the old one or the new one is there, whatever happens."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2))
+    os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """End the program with one line, not a traceback, for what a user can put right."""
+    try:
+        yield
+    except (RunError, envs.EnvError, policies.CheckpointError, OSError) as error:  # OSError: a full disk, a folder that is not ours
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt as error:
+        sys.exit(f"interrupted; {error}" if error.args else "interrupted")
