@@ -187,8 +187,8 @@ def stepnft_loss(
     v_theta, v_old, x_t, x_next: (B, H, A); step: (B,) int in [0, num_steps); labels y: (B,) in [-1, 1], +1 after success.
     granularity: "position" ranks each of the H action positions (the released code), "chunk" their sum (the paper).
     loss: "ranking" as below; "wmse" (§4.4) the branches' squared errors weighted by the label, ½·(r·E⁺ + (1 − r)·E⁻) with
-    r = (1 + y)/2; "positive", "negative" rank only what has a label above or below zero. target: with "x0" the branches are judged by
-    where their straight paths end, x_t − t·v±, and x_next holds the executed chunk; the others differ in x_next (`ablation_target`).
+    r = (1 + y)/2; "positive", "negative" rank only what has a label above or below zero. target: with "x0" the branches are judged
+    by where their straight paths end, x_t − t·v±, and x_next holds the executed chunk; the others differ in x_next alone.
     mask: (H, A) or (B, H, A) bool, entries that count; None counts all, padded ones included (the released code).
 
         loss = softplus( ½·y·(E⁺ − E⁻) ) + λ·mean (v_θ − v_old)²,   E± = Σ (x_next − μ(v±))² / (std² + std_eps)
@@ -256,10 +256,10 @@ def chunk_labels(
 
     success, group: (E,) outcome and initial state of each episode; episode, turn: (M,) which episode a chunk belongs to, and how
     many chunks came before it there. "binary": ±1 by the episode's success (the paper). "group": success compared with the share p
-    of success among the episodes from the same initial state that were still running at this turn, y = (success − p) / max(p, 1 − p),
-    whose mean is zero. Where all of them succeed, or none does, the outcome tells nothing about the actions, and the chunks are
-    dropped. "gae": the generalised advantage, with p as the value, in place of success − p, which it is for gamma = gae_lambda = 1;
-    the quotient is clipped to [-1, 1].
+    of success among the episodes from the same initial state that were still running at this turn,
+    y = (success − p) / max(p, 1 − p), whose mean is zero. Where all of them succeed, or none does, the outcome tells nothing about
+    the actions, and the chunks are dropped. "gae": the generalised advantage, with p as the value, in place of success − p, which
+    it is for gamma = gae_lambda = 1; the quotient is clipped to [-1, 1].
     """
     y = success[episode].astype(float)  # (M,)
     if kind == "binary":

@@ -1,9 +1,9 @@
 """Algorithms side by side: runs what is missing, then writes tables, pictures and commands to docs/comparison.md.
 
-    python benchmarks/compare.py --algos stepnft_pi0 ppo_pi0 --tasks PickCube-v1 --obs-mode state --seeds 1 2 3
+    python benchmarks/compare.py --algos stepnft ppo stepnft-pi05 --tasks PickCube-v1 --obs-mode state --seeds 1 2 3
     python benchmarks/compare.py --ablations loss-wmse target-x0 --seeds 1 2 3     # or all of them: --ablations
-    python benchmarks/compare.py --tuning --algos ppo_pi0 grpo_pi0 --seeds 1       # the TRIALS of each, on tuning episodes
-    python benchmarks/compare.py --algos stepnft_pi0 ppo_pi0 --ood 100             # and each policy out of distribution
+    python benchmarks/compare.py --tuning --algos ppo grpo --seeds 1              # the TRIALS of each, on tuning episodes
+    python benchmarks/compare.py --algos stepnft ppo --ood 100                     # and each policy out of distribution
     python benchmarks/compare.py                                                   # only the report, from what is there
 
 A run is a process of its own and leaves benchmarks/results/<label>-<task>-<mode>-<seed>.json (those of --tuning and --ablations in
@@ -40,7 +40,7 @@ from pi_stepnft import envs
 ROOT = Path(__file__).resolve().parents[1]
 
 ABLATIONS = {
-    f"stepnft-{name}": ("stepnft_pi0", extra)
+    f"stepnft-{name}": extra
     for name, extra in {
         "default": "",
         # the ablations of the paper, each a change to the defaults of the file
@@ -73,7 +73,7 @@ ABLATIONS = {
         "ema-horizon-1000": "--ema-end 0.995 --ema-horizon 1000",
     }.items()
 }
-"""Label → algorithm and the change to its plain command. All are one third as long as its runs (SHORT), while success climbs."""
+"""Label → the change to StepNFT's plain command. All are one third as long as its runs (SHORT), while success climbs."""
 SHORT = "--iterations 40 --max-minutes 0 --eval-every 0"
 
 TRIALS = {
@@ -86,13 +86,13 @@ TRIALS = {
     "rft": ["", "--noise-level 0.3", "--learning-rate 3e-5 --noise-level 0.3", "--noise-level 0.3 --contrast --group-size 4",
             "--learning-rate 3e-5", "--learning-rate 1e-5 --draws 16", "--learning-rate 3e-5 --noise-level 0.7",
             "--learning-rate 3e-5 --contrast --group-size 4", "--replay 40"],
-}  # fmt: skip
+}
 """Algorithm → what --tuning tries, as changes to its plain command, TUNING long: four trials each, and five more for those that no
 trial of the first four had improved."""
 TUNING = f"--iterations 40 --max-minutes 0 --eval-seed {envs.TUNING_SEED}"
 
 EQUAL = ("checkpoint", "iterations", "max_minutes", "num_envs", "rollout_epochs", "rollout_steps", "execute", "eval_every",
-         "eval_episodes", "final_eval_episodes", "eval_seed")  # fmt: skip
+         "eval_episodes", "final_eval_episodes", "eval_seed")
 """Arguments that have to be the same for a comparison on equal terms; the report names those that are not."""
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's, told apart by everyone
@@ -103,7 +103,7 @@ BEGIN, END = "<!-- results: written by benchmarks/compare.py -->", "<!-- end of 
 @dataclass
 class Args:
     algos: list[str] = field(default_factory=list)
-    """algorithm files to run, without .py: stepnft_pi0 ppo_pi0 …"""
+    """algorithms to run, for π0 by their names, stepnft ppo …, for π0.5 as stepnft-pi05 ppo-pi05 …"""
     tasks: list[str] = field(default_factory=lambda: ["PickCube-v1"])
     """tasks to run them on"""
     obs_mode: str = "state"
@@ -133,7 +133,7 @@ class RunError(Exception):
 @dataclass(frozen=True)
 class Job:
     label: str
-    algorithm: str
+    algorithm: str  # as in --algos
     env_id: str
     obs_mode: str
     seed: int
@@ -146,8 +146,8 @@ class Job:
 
     @property
     def arguments(self) -> list[str]:
-        plain = f"algos/{self.algorithm}.py --env-id {self.env_id} --obs-mode {self.obs_mode} --seed {self.seed}"
-        return shlex.split(f"{plain} {self.extra}")
+        where = f"--env-id {self.env_id} --obs-mode {self.obs_mode} --seed {self.seed}"
+        return shlex.split(f"{program(self.algorithm)} {where} {self.extra}")
 
     @property
     def command(self) -> str:
@@ -163,9 +163,23 @@ class Job:
         return ROOT / "runs" / "compare" / f"{self.name}.json"
 
 
-def short(algorithm: str) -> str:
-    """An algorithm's label, with which its run folders' names begin: ppo_pi0 → ppo, ppo_pi05 → ppo-pi05."""
-    return algorithm.removesuffix("_pi0").replace("_", "-")
+def short(name: str) -> str:
+    """An algorithm's label, with which its run folders' names begin; also of what its file was once called: ppo_pi05 → ppo-pi05."""
+    return name.removesuffix("_pi0").replace("_", "-")
+
+
+def program(algorithm: str) -> str:
+    """The beginning of its command: ppo-pi05 → algos/ppo.py --policy pi05; StepNFT has a file for each policy."""
+    name, policy = algorithm.removesuffix("-pi05"), "pi05" if algorithm.endswith("-pi05") else "pi0"
+    if (ROOT / "algos" / f"{name}_{policy}.py").is_file():
+        return f"algos/{name}_{policy}.py"
+    return f"algos/{name}.py" + (" --policy pi05" if policy == "pi05" else "")
+
+
+def renamed(command: str) -> str:
+    """A command as it would be given today: each rival had a file for each policy once."""
+    command = re.sub(r"algos/(ppo|grpo|nft|rft)_pi05\.py", r"algos/\1.py --policy pi05", command)
+    return re.sub(r"algos/(ppo|grpo|nft|rft)_pi0\.py", r"algos/\1.py", command)
 
 
 def slug(text: str) -> str:
@@ -181,22 +195,21 @@ def plan(args: Args) -> list[Job]:
     for label in ablations:
         if label not in ABLATIONS:
             sys.exit(f"error: no ablation {label}; there are {', '.join(ABLATIONS)}")
-    for algorithm in args.algos:
-        if not (ROOT / "algos" / f"{algorithm}.py").is_file():
-            sys.exit(f"error: no algos/{algorithm}.py")
-        if args.tuning and short(algorithm).removesuffix("-pi05") not in TRIALS:
+    algos = [short(name) for name in args.algos]
+    for algorithm in algos:
+        if not (ROOT / (file := program(algorithm).split()[0])).is_file():
+            sys.exit(f"error: no {file}")
+        if args.tuning and algorithm.removesuffix("-pi05") not in TRIALS:
             sys.exit(f"error: no TRIALS for {algorithm}; there are some for {', '.join(TRIALS)}")
     if args.tuning:
         entries = {
-            slug(f"{short(algorithm)} {extra or 'default'}"): (algorithm, f"{extra} {TUNING}", "tuning")
-            for trials in zip_longest(*(zip(repeat(a), TRIALS[short(a).removesuffix("-pi05")]) for a in args.algos))
+            slug(f"{algorithm} {extra or 'default'}"): (algorithm, f"{extra} {TUNING}", "tuning")
+            for trials in zip_longest(*(zip(repeat(a), TRIALS[a.removesuffix("-pi05")]) for a in algos))
             for algorithm, extra in filter(None, trials)
         }
     else:
-        entries = {short(algorithm): (algorithm, "", "") for algorithm in args.algos}
-        for label in ablations:
-            algorithm, extra = ABLATIONS[label]
-            entries[label] = (algorithm, f"{extra} {SHORT}", "ablations")
+        entries = {algorithm: (algorithm, "", "") for algorithm in algos}
+        entries |= {label: ("stepnft", f"{ABLATIONS[label]} {SHORT}", "ablations") for label in ablations}
     return [
         Job(label, algorithm, env_id, args.obs_mode, seed, f"{extra} {args.extra}", folder)
         for seed in args.seeds
@@ -231,13 +244,13 @@ def resume_arguments(job: Job, state: dict) -> list[str]:
     args, trained_s = state["args"], read(ROOT / state["run"] / "training.json")["progress"]["trained_s"]
     limit = args["max_minutes"]
     minutes = f"{max(0.01, limit - trained_s / 60):.2f}" if limit else "0"
-    return [f"algos/{job.algorithm}.py", "--resume", state["run"], "--iterations", str(args["iterations"]),
-            "--max-minutes", minutes, "--num-threads", str(args["num_threads"])]  # fmt: skip
+    return [program(job.algorithm).split()[0], "--resume", state["run"], "--iterations", str(args["iterations"]),
+            "--max-minutes", minutes, "--num-threads", str(args["num_threads"])]
 
 
 def status(job: Job) -> str:
     if job.target.exists():
-        command = read(job.target)["command"]
+        command = renamed(read(job.target)["command"])
         return "done" if command == job.command else f"done, by another command ({command})"
     state = interrupted(job)
     return f"interrupted ({state['run']})" if state else "missing"
@@ -277,12 +290,12 @@ def follow(job: Job, arguments: list[str], state: dict | None, log) -> tuple[dic
     """Start a process and wait for it; note its run folder as soon as there is one. Returns the state and the exit status."""
 
     def folders() -> set[Path]:
-        return set((ROOT / "runs").glob(f"{short(job.algorithm)}-{job.env_id}-{job.obs_mode}-{job.seed}-*"))
+        return set((ROOT / "runs").glob(f"{job.algorithm}-{job.env_id}-{job.obs_mode}-{job.seed}-*"))
 
     earlier = folders()
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=log, stderr=log, env=environment,
-                               start_new_session=True)  # Ctrl-C comes to it from here alone, once  # fmt: skip
+                               start_new_session=True)  # Ctrl-C comes to it from here alone, once
     try:
         code = None
         while code is None:
@@ -312,7 +325,7 @@ def evaluate_ood(job: Job, episodes: int) -> None:
         raise RunError("its folder under runs/ is gone, and with it the policy to evaluate")
     output = ROOT / "runs" / "compare" / f"ood-{job.env_id.replace('/', '-')}-{job.obs_mode}"  # the start is evaluated once for all
     command = [sys.executable, "algos/evaluate.py", result["checkpoint"], str(policy), "--labels", "before", "after",
-               "--suites", "ood", "--episodes", str(episodes), "--no-video", "--output", str(output)]  # fmt: skip
+               "--suites", "ood", "--episodes", str(episodes), "--no-video", "--output", str(output)]
     with open(job.state.with_suffix(".log"), "ab") as log:
         code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log).returncode
     if code:
@@ -408,7 +421,7 @@ def summary_row(label: str, runs: list[dict]) -> list[str]:
         label, ", ".join(map(str, every("seed"))), success("before"), success("after"), success("ood"),
         reached("env_steps", form=".0f", scale=1e-3), reached("minutes"), f"{max(memory):.2f}" if memory else "–",
         *(spread(sorted(set(every(key)) - {None}), ",.0f") for key in ("parameters_trained", "forward_passes")),
-    ]  # fmt: skip
+    ]
 
 
 def summary(results: list[dict]) -> str:
@@ -417,7 +430,7 @@ def summary(results: list[dict]) -> str:
         ["", "seeds", "before, %", "after, %", "OOD after, %", "thousand steps to 80 %", "minutes to 80 %", "peak memory, GB",
          "parameters trained", "forward passes"],
         [summary_row(label, runs) for label, runs in by_label(results).items()],
-    )  # fmt: skip
+    )
 
 
 def each_run(results: list[dict]) -> str:
@@ -426,7 +439,7 @@ def each_run(results: list[dict]) -> str:
         ["", "seed", "before, %", "after, %", "rollout policy after, %", "thousand steps", "minutes"],
         [[r["label"], str(r["seed"]), rate(r["before"]), rate(r["after"]), rate(r.get("after_rollout_policy")),
           f"{r['env_steps'] / 1000:.0f}", f"{r['training_minutes']:.1f}"] for r in results],
-    )  # fmt: skip
+    )
 
 
 def each_variant(results: list[dict]) -> str:
@@ -435,7 +448,7 @@ def each_variant(results: list[dict]) -> str:
         ["", "seeds", "before, %", "after, %, seed by seed", "mean, %"],
         [[label, ", ".join(str(r["seed"]) for r in runs), rate(runs[0]["before"]), "; ".join(rate(r["after"]) for r in runs),
           f"{100 * np.mean([r['after']['success'] for r in runs]):.1f}"] for label, runs in by_label(results).items()],
-    )  # fmt: skip
+    )
 
 
 def out_of_distribution(results: list[dict]) -> str:
@@ -556,7 +569,7 @@ def report() -> None:
                 seeds = {f"seed {r['seed']}": (style, [r]) for r, style in zip(runs, cycle(STYLES))}
                 draw(images / f"{label}_{env_id}_{mode}.png", f"{label}, {task}", seeds)
             parts += [summary(here), f"![{task}](images/comparison_{env_id}_{mode}.png)",
-                      "Each run, with 95 % Wilson intervals over its episodes:", each_run(here)]  # fmt: skip
+                      "Each run, with 95 % Wilson intervals over its episodes:", each_run(here)]
             if table := out_of_distribution(here):
                 parts += ["Out of distribution, before → after:", table]
         if ablated:
@@ -568,7 +581,7 @@ def report() -> None:
         everything = here + ablated + tried
         for note in dict.fromkeys(r["note"] for r in everything if "note" in r):  # added to the files of these runs by hand
             parts.append(", ".join(f"{r['label']} {r['seed']}" for r in everything if r.get("note") == note) + f": {note}.")
-        parts += ["Commands:", "\n".join(["```", *(r["command"] for r in everything), "```"])]
+        parts += ["Commands:", "\n".join(["```", *(renamed(r["command"]) for r in everything), "```"])]
     before, rest = page.read_text().split(BEGIN)
     page.write_text("\n\n".join([before + BEGIN, *(parts or ["No result yet."]), END + rest.split(END)[1]]))
     print(f"{len(results)} results, {len(ablations)} ablations and {len(trials)} trials in {page}")

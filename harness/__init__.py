@@ -17,11 +17,11 @@ from pi_stepnft.harness.args import (
     env_options,
     parse,
 )
-from pi_stepnft.harness.run import Averages, Run, check_fit, choose_device, command, commit, one_line_errors
+from pi_stepnft.harness.run import Averages, Run, check_fit, choose_device, command, command_line, commit, one_line_errors
 from pi_stepnft.harness.storage import Prefixes, Rows, memory_gb
 
 __all__ = [
     "Averages", "Count", "CountOrZero", "Positive", "PositiveOrZero", "Prefixes", "RLArgs", "Rows", "Run", "RunError", "Seed",
-    "Share", "TrainArgs", "check", "check_fit", "choose_device", "command", "commit", "env_options", "memory_gb", "one_line_errors",
-    "parse",
-]  # fmt: skip
+    "Share", "TrainArgs", "check", "check_fit", "choose_device", "command", "command_line", "commit", "env_options", "memory_gb",
+    "one_line_errors", "parse",
+]

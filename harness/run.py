@@ -233,7 +233,7 @@ class Run:
         self.writer.close()
         outcome = ("success", "interval", "episodes")
         write_json(self.folder / "result.json", dict(
-            command=shlex.join(["python", *sys.argv]), commit=commit(), algorithm=f"{self.algorithm}_{self.policy_type}",
+            command=command_line(), commit=commit(), algorithm=f"{self.algorithm}_{self.policy_type}",
             env_id=args.env_id, obs_mode=args.obs_mode, seed=args.seed, checkpoint=self.checkpoint, iterations=self.iteration,
             env_steps=self.env_steps, training_minutes=self.trained_s / 60,
             parameters_trained=sum(p.numel() for group in self.optimizer.param_groups for p in group["params"]),
@@ -328,22 +328,24 @@ def bundled_start(env_id: str, obs_mode: str, policy_type: str) -> str:
                    "runs/sft, then add --checkpoint runs/sft")
 
 
-def checkout() -> Path | None:
-    """The root of the checkout that this code runs from; None where it is installed."""
-    root = Path(pi_stepnft.__file__).resolve().parents[1]
-    return root if (root / "algos").is_dir() else None
-
-
 def command(program: str) -> str:
     """How a user calls one of the programs: by its file in a checkout, by its console command in an installation."""
-    return f"python algos/{program}.py" if checkout() else f"pi-stepnft-{program}"
+    name = program.replace("_", "-")
+    installed = name if name.startswith("stepnft") else f"pi-stepnft-{name}"
+    return f"python algos/{program}.py" if pi_stepnft.CHECKOUT else installed
+
+
+def command_line() -> str:
+    """The command that this program was called by, as it can be given again."""
+    program = ["python", sys.argv[0]] if pi_stepnft.CHECKOUT else [command(Path(sys.argv[0]).stem)]
+    return shlex.join([*program, *sys.argv[1:]])
 
 
 def commit() -> str | None:
     """The commit that the code is at, with "-dirty" where files differ from it; None where that is not known."""
-    if checkout() is None:
+    if pi_stepnft.CHECKOUT is None:
         return None
-    git = ["git", "-C", str(checkout()), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    git = ["git", "-C", str(pi_stepnft.CHECKOUT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):

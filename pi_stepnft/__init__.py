@@ -6,8 +6,11 @@ Everything lives under this one name: `from pi_stepnft import envs, policies`. I
 
 from pathlib import Path as _Path
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
-_beside = _Path(__file__).resolve().parents[1]
-if (_beside / "envs" / "pool.py").is_file():  # a checkout, installed or not
-    __path__.append(str(_beside))
+_root = _Path(__file__).resolve().parents[1]
+CHECKOUT = _root if (_root / "algos" / "stepnft_pi0.py").is_file() else None
+"""The root of the checkout that this code runs from; None where it is installed from a wheel."""
+
+if CHECKOUT:
+    __path__.append(str(CHECKOUT))

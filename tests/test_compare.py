@@ -22,6 +22,9 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import compare  # noqa: E402
 
+from pi_stepnft import harness  # noqa: E402
+from pi_stepnft.algos import stepnft_pi0  # noqa: E402
+
 PAGE = f"before\n\n{compare.BEGIN}\n\nold\n\n{compare.END}\n\nafter\n"
 
 # What an algorithm file does as far as compare.py can tell: it fails with seed 2, and with --wait it stops after its checkpoint.
@@ -80,7 +83,7 @@ row = lambda kind, name, before, after: dict(kind=kind, name=name, policies=dict
 def root(tmp_path, monkeypatch) -> Path:
     for folder in ("algos", "docs", "benchmarks"):
         (tmp_path / folder).mkdir()
-    (tmp_path / "algos" / "fake_pi0.py").write_text(ALGORITHM)
+    (tmp_path / "algos" / "fake.py").write_text(ALGORITHM)
     (tmp_path / "algos" / "evaluate.py").write_text(EVALUATE)
     (tmp_path / "docs" / "comparison.md").write_text(PAGE)
     monkeypatch.setattr(compare, "ROOT", tmp_path)
@@ -88,10 +91,10 @@ def root(tmp_path, monkeypatch) -> Path:
 
 
 def fake(seed: int = 1, extra: str = "") -> compare.Job:
-    return compare.Job("fake", "fake_pi0", "Task-v1", "state", seed, extra)
+    return compare.Job("fake", "fake", "Task-v1", "state", seed, extra)
 
 
-def result(success: list[float], *, seed: int = 1, algorithm: str = "ppo_pi0", steps: int = 1000, **more) -> dict:
+def result(success: list[float], *, seed: int = 1, algorithm: str = "ppo", steps: int = 1000, **more) -> dict:
     """A result with an evaluation every `steps` environment steps, a minute each."""
     outcome = lambda p: dict(success=p, interval=[p - 0.1, p + 0.1], episodes=100)
     curve = [dict(env_steps=i * steps, minutes=i, success=p) for i, p in enumerate(success)]
@@ -114,8 +117,9 @@ def cells(row: str) -> list[str]:
 
 
 def test_everything_runs_with_the_first_seed_before_the_second(root):
-    shutil.copy(root / "algos" / "fake_pi0.py", root / "algos" / "other_pi05.py")
-    jobs = compare.plan(compare.Args(["fake_pi0", "other_pi05"], ["A-v1", "B-v1"], seeds=[1, 2], ablations=["loss-wmse"]))
+    for name in ("other_pi05", "stepnft_pi0"):
+        shutil.copy(root / "algos" / "fake.py", root / "algos" / f"{name}.py")
+    jobs = compare.plan(compare.Args(["fake", "other-pi05"], ["A-v1", "B-v1"], seeds=[1, 2], ablations=["loss-wmse"]))
     assert [job.name for job in jobs] == [
         f"{label}-{task}-state-{seed}"
         for seed in (1, 2)
@@ -128,17 +132,19 @@ def test_everything_runs_with_the_first_seed_before_the_second(root):
 
 def test_names_fit_the_results_that_are_there(monkeypatch):
     monkeypatch.setattr(compare, "ROOT", ROOT)
-    (job,) = compare.plan(compare.Args(["stepnft_pi0"], extra="--no-video"))
-    assert compare.status(job) == "done"
+    for name in ("stepnft", "ppo", "ppo_pi0"):  # whose files had other names when they ran
+        (job,) = compare.plan(compare.Args([name], extra="--no-video"))
+        assert compare.status(job) == "done"
+    assert compare.renamed("python algos/nft_pi05.py --seed 1") == "python algos/nft.py --policy pi05 --seed 1"
 
 
 def test_tuning_gives_every_algorithm_its_trials_on_other_episodes(root, monkeypatch):
     counts = {name: len(set(trials)) for name, trials in compare.TRIALS.items()}
     assert counts == dict(stepnft=4, ppo=4, grpo=4, nft=9, rft=9)  # docs/comparison.md says why
     monkeypatch.setattr(compare, "TRIALS", dict(fake=["", "--rate 1e-5"], other=["--rate 2", "--noise 0.5", "--rate 3"]))
-    for name in ("other_pi0", "other_pi05"):
-        shutil.copy(root / "algos" / "fake_pi0.py", root / "algos" / f"{name}.py")
-    jobs = compare.plan(compare.Args(["fake_pi0", "other_pi0", "other_pi05"], tuning=True))
+    shutil.copy(root / "algos" / "fake.py", root / "algos" / "other.py")
+    jobs = compare.plan(compare.Args(["fake", "other", "other-pi05"], tuning=True))
+    assert "algos/other.py --policy pi05 --env-id" in jobs[2].command
     assert [job.label for job in jobs] == [
         "fake-default", "other-rate-2", "other-pi05-rate-2", "fake-rate-1e-5", "other-noise-0.5", "other-pi05-noise-0.5",
         "other-rate-3", "other-pi05-rate-3",
@@ -149,10 +155,10 @@ def test_tuning_gives_every_algorithm_its_trials_on_other_episodes(root, monkeyp
 @pytest.mark.parametrize(
     "args, message",
     [
-        (compare.Args(["nothing_pi0"]), "no algos/nothing_pi0.py"),
+        (compare.Args(["nothing"]), "no algos/nothing.py"),
         (compare.Args(ablations=["loss-typo"]), "no ablation stepnft-loss-typo"),
-        (compare.Args(["fake_pi0"], tuning=True, ablations=[]), "--tuning"),
-        (compare.Args(["fake_pi0"], tuning=True), "no TRIALS for fake_pi0"),
+        (compare.Args(["fake"], tuning=True, ablations=[]), "--tuning"),
+        (compare.Args(["fake"], tuning=True), "no TRIALS for fake"),
     ],
 )
 def test_unknown_names_end_in_one_line(root, args, message):
@@ -161,17 +167,23 @@ def test_unknown_names_end_in_one_line(root, args, message):
 
 
 def test_every_ablation_and_trial_is_valid_and_changes_something():
-    for label, (algorithm, extra) in compare.ABLATIONS.items():
-        module = importlib.import_module(f"pi_stepnft.algos.{algorithm}")
+    def arguments(module, extra: str):
         args = tyro.cli(module.Args, args=shlex.split(extra))
-        module.check(args)
-        assert (asdict(args) == asdict(module.Args())) == (label == "stepnft-default"), extra
+        harness.check(args)
+        if hasattr(module, "check"):
+            module.check(args)
+        return args
+
+    for label, extra in compare.ABLATIONS.items():
+        args = arguments(stepnft_pi0, extra)
+        assert (asdict(args) == asdict(stepnft_pi0.Args())) == (label == "stepnft-default"), extra
+    for algorithm, trials in compare.TRIALS.items():
+        module = importlib.import_module(f"pi_stepnft.{compare.program(algorithm)[:-3].replace('/', '.')}")
+        for extra in trials:
+            arguments(module, f"{extra} {compare.TUNING}")
     offline = ("sft", "pretrain", "evaluate")
-    online = [path.stem for path in (ROOT / "algos").glob("*.py") if not path.stem.startswith(offline)]
-    for algorithm in online:
-        module = importlib.import_module(f"pi_stepnft.algos.{algorithm}")
-        for extra in compare.TRIALS[algorithm.split("_")[0]]:
-            module.check(tyro.cli(module.Args, args=shlex.split(f"{extra} {compare.TUNING}")))
+    online = {path.stem.partition("_")[0] for path in (ROOT / "algos").glob("*.py")} - set(offline)
+    assert online == set(compare.TRIALS)
 
 
 # ---------------------------------------------------------------------------------------------------------------- the runs
@@ -288,7 +300,7 @@ def test_two_programs_do_not_run_the_same_job(root):
 def test_the_program(root):
     """From the command line: what is there is reported although a run failed, and SIGTERM ends it with its run."""
     program = shutil.copy(ROOT / "benchmarks" / "compare.py", root / "benchmarks" / "compare.py")
-    call = [sys.executable, program, "--algos", "fake_pi0", "--tasks", "Task-v1", "--seeds", "2", "3"]
+    call = [sys.executable, program, "--algos", "fake", "--tasks", "Task-v1", "--seeds", "2", "3"]
     dry = subprocess.run([*call, "--dry-run"], capture_output=True, text=True, check=True)
     assert "fake-Task-v1-state-3: missing" in dry.stdout and not list(root.glob("runs/fake-*"))
     ended = subprocess.run(call, capture_output=True, text=True)
@@ -370,8 +382,8 @@ def test_report_separates_algorithms_ablations_and_trials(root):
     assert "\n\nppo 1, stepnft 1: on a slow machine.\n\n" in text
     wmse = "python algos/stepnft_pi0.py --seed {} --loss wmse"
     assert text.split("```")[1].split("\n")[1:-1] == [
-        "python algos/ppo_pi0.py --seed 1", "python algos/stepnft_pi0.py --seed 1", "python algos/stepnft_pi0.py --seed 2",
-        wmse.format(1), wmse.format(2), "python algos/ppo_pi0.py --learning-rate 1",
+        "python algos/ppo.py --seed 1", "python algos/stepnft_pi0.py --seed 1", "python algos/stepnft_pi0.py --seed 2",
+        wmse.format(1), wmse.format(2), "python algos/ppo.py --learning-rate 1",
     ]  # fmt: skip
     assert sorted(path.name for path in (root / "docs" / "images").iterdir()) == [
         "ablations_Task-v1_state.png", "comparison_Task-v1_state.png", "ppo_Task-v1_state.png", "stepnft_Task-v1_state.png",
