@@ -392,7 +392,7 @@ def main(args: Args) -> None:
         label_mean = labels[keep].mean() if M else 0.0
         run.log(success, lost, losses, signal=keep.mean(), label_mean=label_mean, ema_decay=alpha, noise_level=noise_level)
         run.evaluate_and_save_when_due()
-    run.finish(forward_passes=steps.shape[1])  # velocities of a chunk in one pass of the update
+    run.finish(forward_passes=K if args.transitions == "all" else 1)  # velocities of a chunk in one pass of the update
 
 
 if __name__ == "__main__":

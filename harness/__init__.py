@@ -12,16 +12,32 @@ from pi_stepnft.harness.args import (
     RunError,
     Seed,
     Share,
+    TaskArgs,
     TrainArgs,
     check,
     env_options,
     parse,
 )
-from pi_stepnft.harness.run import Averages, Run, check_fit, choose_device, command, command_line, commit, one_line_errors
+from pi_stepnft.harness.run import (
+    Averages,
+    Run,
+    adapt,
+    check_fit,
+    choose_device,
+    command,
+    command_line,
+    commit,
+    make_envs,
+    one_line_errors,
+    open_logs,
+    run_name,
+    set_up,
+    task_name,
+)
 from pi_stepnft.harness.storage import Prefixes, Rows, memory_gb
 
 __all__ = [
     "Averages", "Count", "CountOrZero", "Positive", "PositiveOrZero", "Prefixes", "RLArgs", "Rows", "Run", "RunError", "Seed",
-    "Share", "TrainArgs", "check", "check_fit", "choose_device", "command", "command_line", "commit", "env_options", "memory_gb",
-    "one_line_errors", "parse",
+    "Share", "TaskArgs", "TrainArgs", "adapt", "check", "check_fit", "choose_device", "command", "command_line", "commit",
+    "env_options", "make_envs", "memory_gb", "one_line_errors", "open_logs", "parse", "run_name", "set_up", "task_name",
 ]

@@ -34,8 +34,8 @@ class RunError(RuntimeError):
 
 
 @dataclass
-class TrainArgs:
-    """Of every program that trains."""
+class TaskArgs:
+    """Of every program that has to do with a task."""
 
     env_id: str = "PickCube-v1"
     """ManiSkill task, LIBERO suite or one of its tasks, or a task of your own as module:Task-v1"""
@@ -49,6 +49,12 @@ class TrainArgs:
     """torch threads; 0: one per core"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the policy computes; auto: cuda where there is one"""
+
+
+@dataclass
+class TrainArgs(TaskArgs):
+    """Of every program that trains a policy to act."""
+
     track: bool = False
     """log to Weights & Biases too (offline without an account)"""
     video: bool = True

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import pi_stepnft
 from pi_stepnft import envs, policies
-from pi_stepnft.harness.args import RLArgs, RunError, check, env_options
+from pi_stepnft.harness.args import RLArgs, RunError, TaskArgs, TrainArgs, check, env_options
 from pi_stepnft.harness.evaluation import Evaluation, evaluate, plot_curve, record
 from pi_stepnft.harness.storage import Prefixes, memory_gb
 
@@ -59,15 +59,10 @@ class Run:
     """
 
     def __init__(self, algorithm: str, args: RLArgs, policy_type: str | None = None):
-        check(args)
+        self.device = set_up(args)
         self.algorithm, self.args = algorithm, replace(args)
-        self.device = choose_device(args.device)
-        random.seed(args.seed)
-        np.random.seed(args.seed)
-        torch.manual_seed(args.seed)
         self.rng = np.random.default_rng(args.seed)
-        torch.set_num_threads(args.num_threads or envs.num_cores())
-        start = policy_type or getattr(args, "policy", "pi0")
+        start = policy_type or getattr(args, "policy", None) or "pi0"
         self.checkpoint = args.checkpoint or bundled_start(args.env_id, args.obs_mode, start)
         self._expect = policy_type
         self.prefix_cache = args.prefix_cache or ("device" if args.train == "expert" else "off")
@@ -87,11 +82,7 @@ class Run:
         trained_on = policy.meta.get("obs_mode", args.obs_mode)
         if trained_on != args.obs_mode:
             raise RunError(f"{self.checkpoint} acts in {trained_on} mode: add --obs-mode {trained_on}, or another --checkpoint")
-        if args.train == "expert":
-            policy.freeze_vlm()
-        elif lora:
-            policies.add_lora(policy, args.lora_rank, args.lora_alpha)
-        policy.checkpoint_gradients(args.gradient_checkpointing)
+        adapt(policy, args)
         args.iterations = args.iterations or ITERATIONS[policy.config.type]
         H, A = policy.config.horizon, policy.config.action_dim
         self.execute = args.execute or policy.meta.get("execute", H)
@@ -100,19 +91,13 @@ class Run:
         self.mask = torch.zeros(H, A, dtype=torch.bool, device=self.device)
         self.mask[: self.execute, : len(policy.processor.action_stats.mean)] = True
         self.policy_type = policy.config.type
-        label = self.algorithm if self.policy_type == "pi0" else f"{self.algorithm}-{self.policy_type}"
-        task = args.env_id.replace("/", "-").replace(":", "-")
-        self.folder = Path(args.resume or f"runs/{label}-{task}-{args.obs_mode}-{args.seed}-{int(time.time())}")
+        self.folder = Path(args.resume or f"runs/{run_name(self.algorithm, self.policy_type, args)}")
         return policy
 
     def make_envs(self, policy: policies.Pi0):
         """The training's environments, which evaluate it too. Raises EnvError or RunError where task and policy do not fit."""
-        args = self.args
-        self.venv = envs.make(
-            args.env_id, args.num_envs, obs_mode=args.obs_mode, seed=args.seed, chunk=self.execute,
-            image_size=policy.config.image_size, observe_terminal=False, **env_options(args),
-        )
-        atexit.register(self.venv.close)  # workers and shared memory go with the program, however it ends
+        self.venv = make_envs(self.args, num_envs=self.args.num_envs, chunk=self.execute, image_size=policy.config.image_size,
+                              observe_terminal=False)
         check_fit(policy, self.venv, self.checkpoint)
         return self.venv
 
@@ -145,15 +130,11 @@ class Run:
             self.iteration, self.env_steps, self.trained_s, self.curve = (
                 progress[name] for name in ("iteration", "env_steps", "trained_s", "curve")
             )
+            if self.iteration >= args.iterations and (self.folder / "result.json").is_file():
+                raise RunError(f"{self.folder} has done its {self.iteration} iterations: to go on, give --iterations above that")
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "args.json", asdict(args) | {"resume": None})
-        if args.track:
-            import wandb
-
-            wandb.init(project="pi-stepnft", id=self.folder.name, name=self.folder.name, resume="allow", config=asdict(args),
-                       sync_tensorboard=True, mode=None if os.environ.get("WANDB_API_KEY") else "offline")
-        self.writer = SummaryWriter(str(self.folder), purge_step=self.iteration + 1 if self.curve else None)
-        self.writer.add_text("hyperparameters", json.dumps(asdict(args), indent=2))
+        self.writer = open_logs(self.folder, args, purge_step=self.iteration + 1 if self.curve else None)
         if not self.curve:
             print(f"before: {self.evaluate('before')}")
 
@@ -284,7 +265,8 @@ class Run:
     def _stop(self, number: int, frame: Any) -> None:
         """The first signal ends the run after the iteration that it comes in; a second one, or one outside of them, ends it now."""
         if not self._in_iteration or self._stopped:
-            raise KeyboardInterrupt(f"go on with --resume {self.folder}")
+            saved = (self.folder / "training.json").is_file()
+            raise KeyboardInterrupt(f"go on with --resume {self.folder}" if saved else "nothing is saved yet")
         self._stopped = signal.Signals(number).name
         tqdm.write(f"{self._stopped}: ending this iteration, then saving (once more: stop at once)")
 
@@ -292,11 +274,42 @@ class Run:
 # --------------------------------------------------------------------------------------------------- what others need of this
 
 
+def set_up(args: TaskArgs) -> torch.device:
+    """Check the arguments, seed everything random and set torch's threads; returns the device to compute on."""
+    check(args)
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.num_threads or envs.num_cores())
+    return choose_device(args.device)
+
+
 def choose_device(name: str) -> torch.device:
     """"cpu", "cuda", or for "auto" whichever there is. Raises RunError where there is no such thing."""
     if name == "cuda" and not torch.cuda.is_available():
         raise RunError("--device cuda: PyTorch finds no GPU here; give auto or cpu")
     return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
+
+
+def adapt(policy: policies.Pi0, args: TrainArgs) -> policies.Pi0:
+    """Set, in place, the precision, what of the policy is trained, and what its backward pass keeps, as the arguments say."""
+    policy.cast(getattr(torch, args.dtype), trained=None if args.train == "lora" else args.train)
+    if args.train == "expert":
+        policy.freeze_vlm()
+    elif args.train == "lora":
+        policies.add_lora(policy, args.lora_rank, args.lora_alpha)
+    return policy.checkpoint_gradients(args.gradient_checkpointing)
+
+
+def make_envs(args: TaskArgs, **fixed: Any):
+    """`envs.make` with --env-options, closed when the program ends, however it does. fixed: what the program decides itself."""
+    options, fixed = env_options(args), fixed | dict(env_id=args.env_id, obs_mode=args.obs_mode, seed=args.seed)
+    if taken := sorted(set(options) & set(fixed)):
+        raise RunError(f"--env-options {taken[0]}={options[taken[0]]}: {taken[0]} is {fixed[taken[0]]!r} here, by the program's "
+                       "other options or the policy")
+    venv = envs.make(**fixed, **options)
+    atexit.register(venv.close)
+    return venv
 
 
 def check_fit(policy: policies.Pi0, venv, name: str) -> None:
@@ -326,6 +339,32 @@ def bundled_start(env_id: str, obs_mode: str, policy_type: str) -> str:
         how = f"{sft} {where}"
     raise RunError(f"no bundled {NAMES[policy_type]} checkpoint for {env_id} in {obs_mode} mode; make one with: {how} --output "
                    "runs/sft, then add --checkpoint runs/sft")
+
+
+def task_name(env_id: str) -> str:
+    """The task as a part of a file's name."""
+    return env_id.replace("/", "-").replace(":", "-")
+
+
+def run_name(algorithm: str, policy_type: str, args: TaskArgs) -> str:
+    """The name of a run's folder: what is run with which policy on what, its seed and the time."""
+    label = algorithm if policy_type == "pi0" else f"{algorithm}-{policy_type}"
+    return f"{label}-{task_name(args.env_id)}-{args.obs_mode}-{args.seed}-{int(time.time())}"
+
+
+def open_logs(folder: Path, args: TrainArgs, purge_step: int | None = None) -> SummaryWriter:
+    """TensorBoard's log in a run's folder, and with --track Weights & Biases beside it, the arguments in both.
+
+    purge_step: the first step that this run logs, where it goes on with one that came further than its last checkpoint.
+    """
+    if args.track:
+        import wandb
+
+        wandb.init(project="pi-stepnft", id=folder.name, name=folder.name, resume="allow", config=asdict(args),
+                   sync_tensorboard=True, mode=None if os.environ.get("WANDB_API_KEY") else "offline")
+    writer = SummaryWriter(str(folder), purge_step=purge_step)
+    writer.add_text("hyperparameters", json.dumps(asdict(args), indent=2))
+    return writer
 
 
 def command(program: str) -> str:
