@@ -318,15 +318,15 @@ def test_gae_labels_are_group_labels_without_discount_and_mix_the_values_on_the_
     rng = np.random.default_rng(0)
     length = rng.integers(1, 6, 32)
     episode = np.repeat(np.arange(32), length)
-    position = np.concatenate([np.arange(n) for n in length])
-    order = np.argsort(position, kind="stable")  # as in a rollout: position by position
-    chunks = dict(success=rng.random(32) < 0.5, group=np.arange(32) // 16, episode=episode[order], position=position[order])
+    turn = np.concatenate([np.arange(n) for n in length])
+    order = np.argsort(turn, kind="stable")  # as in a rollout: turn by turn
+    chunks = dict(success=rng.random(32) < 0.5, group=np.arange(32) // 16, episode=episode[order], turn=turn[order])
     for one, other in zip(nft.chunk_labels(**chunks, kind="gae"), nft.chunk_labels(**chunks, kind="group"), strict=True):
         np.testing.assert_allclose(one, other)
 
     # Two episodes of one group: the first succeeds with its second chunk, the second fails with its third.
     chunks = dict(success=np.array([True, False]), group=np.zeros(2, int), episode=np.array([0, 1, 0, 1, 1]),
-                  position=np.array([0, 0, 1, 1, 2]))  # fmt: skip
+                  turn=np.array([0, 0, 1, 1, 2]))
     labels, keep = nft.chunk_labels(**chunks, kind="gae", gamma=0.9, gae_lambda=0.5)
     assert keep.tolist() == [True, True, True, True, False]  # alone at its third chunk, the second has no peer
     last = [1 - 0.5, 0 - 0.0]  # advantages: the outcome less the value

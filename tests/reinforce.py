@@ -1,0 +1,165 @@
+"""REINFORCE on one noisy solver step (Williams, 1992): a whole algorithm of the house, and a test of how little a new one takes.
+
+One solver step of a chunk is taken by the SDE; its Gaussian gives a likelihood, whose gradient is weighed by success relative to
+the episodes from the same initial state.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a file of a checkout runs that checkout's code
+import pi_stepnft  # noqa: F401
+
+sys.path.pop(0)
+
+import numpy as np
+import torch
+
+from pi_stepnft import envs, harness, policies
+from pi_stepnft.harness import Count, Positive
+
+
+@dataclass
+class Args(harness.RLArgs):
+    policy: Literal["pi0", "pi05"] | None = None
+    """π0 or π0.5, where no --checkpoint says which"""
+    noise_level: Positive = 1.0
+    """a of σ_t = a·sqrt(t / (1 − t)), the exploration noise of the one noisy solver step"""
+    group_size: Count = 16
+    """episodes from one initial state, which are compared with each other"""
+    learning_rate: Positive = 1e-4
+    """Adam's"""
+
+
+# ------------------------------------------------------------------------------------------------------------ the method
+
+
+class Chunks(NamedTuple):
+    """What is remembered of action chunks; every field has a row for each of them."""
+
+    state: torch.Tensor  # (M, S) normalised
+    x_t: torch.Tensor  # (M, H, A) before the noisy step
+    x_next: torch.Tensor  # (M, H, A) after it
+    step: torch.Tensor  # (M,) which of the K steps it was
+    episode: torch.Tensor  # (M,)
+
+
+def flow_sde_step(
+    x_t: torch.Tensor, v: torch.Tensor, step: torch.Tensor, *, num_steps: int, noise_level: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean (B, H, A) and deviation (B, 1, 1) of a Flow-SDE step (arXiv 2603.02083, Eq. 3). x_t, v: (B, H, A); step: (B,) int."""
+    delta = 1.0 / num_steps
+    t = (1 - step * delta).view(-1, 1, 1)
+    sigma = noise_level * (t / torch.where(step.view(-1, 1, 1) == 0, delta, 1 - t)).sqrt()
+    x0_hat, x1_hat = x_t - t * v, x_t + (1 - t) * v
+    mean = x0_hat * (1 - (t - delta)) + x1_hat * ((t - delta) - sigma**2 * delta / (2 * t))
+    return mean, sigma * delta**0.5
+
+
+def sample(policy: policies.Pi0, prefix: policies.Prefix, state: torch.Tensor, **solver: float) -> tuple[torch.Tensor, ...]:
+    """Action chunks (B, H, A) by the ODE but for one random step of each, and that step: x_t, x_next, its number (B,)."""
+    B, K = len(state), solver["num_steps"]
+    x = torch.randn(B, policy.config.horizon, policy.config.action_dim, device=state.device)
+    noisy = torch.randint(K, (B,), device=x.device)
+    x_t, x_next = torch.zeros_like(x), torch.zeros_like(x)
+    for i in range(K):
+        step = torch.full((B,), i, device=x.device)
+        v = policy.velocity(prefix, state, x, 1 - step / K).float()
+        mean, std = flow_sde_step(x, v, step, **solver)
+        now = (noisy == i).view(-1, 1, 1)
+        after = torch.where(now, mean + std * torch.randn_like(mean), x - v / K)
+        x_t, x_next, x = torch.where(now, x, x_t), torch.where(now, after, x_next), after
+    return x, x_t, x_next, noisy
+
+
+def log_prob(x_next: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Gaussian log density of the executed entries, summed over the chunk: (B, H, A), mask (H, A) bool -> (B,)."""
+    density = -0.5 * ((x_next - mean) / std) ** 2 - std.log() - 0.5 * math.log(2 * math.pi)
+    return (density * mask).sum((1, 2))
+
+
+def advantages(success: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """Success of episodes less its mean over those from the same initial state, (E,)."""
+    _, which = np.unique(group, return_inverse=True)
+    return success - (np.bincount(which, weights=success) / np.bincount(which))[which]
+
+
+# ------------------------------------------------------------------------------------------------------------- the program
+
+
+def main(args: Args) -> None:
+    run = harness.Run("reinforce", args)
+    args, device, B, K = run.args, run.device, run.args.num_envs, run.args.num_steps
+    policy = run.load_policy()
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, betas=(0.9, 0.95), eps=1e-5)
+    solver = dict(num_steps=K, noise_level=args.noise_level)
+    venv = run.make_envs(policy)
+    run.begin(dict(policy=policy), optimizer)
+
+    for iteration in run.iterations():
+        # ---------------------------------------------------------------------- rollout: one noisy solver step per chunk
+        batches, prefixes, success, lost, group = [], run.prefixes(), [], [], []
+        policy.eval()
+        with torch.inference_mode():
+            for epoch in range(args.rollout_epochs):
+                seeds = run.rng.integers(envs.TRAIN_SEEDS, size=B // args.group_size).repeat(args.group_size)
+                obs, _ = venv.reset(seed=seeds)
+                running, gone, turn = np.ones(B, bool), np.zeros(B, bool), 0
+                while running.any() and not 0 < args.rollout_steps <= turn * run.execute:
+                    index = np.flatnonzero(running)
+                    seen = {name: value[index] for name, value in obs.items()}
+                    *inputs, state = policy.processor(seen, [venv.instructions[i] for i in index])
+                    prefix = policy.encode_prefix(*inputs)
+                    x, *transition = sample(policy, prefix, state, **solver)
+                    prefixes.remember(inputs, prefix)
+                    batches.append(Chunks(state, *transition, torch.from_numpy(epoch * B + index)))
+                    actions = np.zeros((B, run.execute, venv.action_dim), np.float32)
+                    actions[index] = policy.processor.unnormalize_actions(x[:, : run.execute], seen["state"]).cpu().numpy()
+                    obs, _, terminated, truncated, info = venv.step(actions)
+                    run.env_steps += int(info["steps"].sum())
+                    running &= ~(terminated | truncated)
+                    gone |= info["lost"]
+                    turn += 1
+                success.append(info["success"])
+                lost.append(gone)
+                group.append(epoch * B + np.arange(B) // args.group_size)
+        run.lap("rollout")
+
+        # ---------------------------------------------------------------------- advantages
+        chunks = Chunks(*map(torch.cat, zip(*batches)))
+        success, lost, group = np.concatenate(success), np.concatenate(lost), np.concatenate(group)  # (E,)
+        group[lost] = -1 - np.flatnonzero(lost)  # nobody is compared with a lost episode, nor learns from it
+        advantage = torch.from_numpy(advantages(success, group)).float()[chunks.episode].to(device)  # (M,)
+        used = advantage.nonzero().squeeze(1)
+
+        # ---------------------------------------------------------------------- update
+        policy.train()
+        losses = harness.Averages()
+        for parameter_group in optimizer.param_groups:
+            parameter_group["lr"] = args.learning_rate * min(1.0, (iteration + 1) / max(1, args.warmup_iterations))
+        for minibatch in used[torch.randperm(len(used), device=device)].chunk(args.num_minibatches) if len(used) else ():
+            optimizer.zero_grad()
+            for mb in minibatch.split(args.micro_batch or len(used)):
+                step = chunks.step[mb]
+                v = policy.velocity(prefixes.recall(policy, mb), chunks.state[mb], chunks.x_t[mb], 1 - step / K).float()
+                likelihood = log_prob(chunks.x_next[mb], *flow_sde_step(chunks.x_t[mb], v, step, **solver), run.mask)
+                loss = -(advantage[mb] * likelihood).sum() / len(minibatch)
+                loss.backward()
+                losses.add(dict(policy=loss.detach()), len(mb) / len(minibatch))
+            losses.add(dict(grad_norm=run.clip_gradient(parameters)))
+            optimizer.step()
+
+        run.log(success, lost, losses, signal=len(used) / len(advantage))
+        run.evaluate_and_save_when_due()
+    run.finish(forward_passes=1)
+
+
+if __name__ == "__main__":
+    with harness.one_line_errors():
+        main(harness.parse(Args, __doc__))
