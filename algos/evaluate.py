@@ -31,7 +31,8 @@ from pi_stepnft import envs, policies
 from pi_stepnft.envs.libero import env as libero
 from pi_stepnft.envs.maniskill import ood
 from pi_stepnft.harness import films, report
-from pi_stepnft.harness.evaluation import Evaluation, evaluate, over_seeds, summarise
+from pi_stepnft.harness.evaluation import Evaluation, evaluate
+from pi_stepnft.harness.statistics import over_seeds, summarise
 
 
 @dataclass
@@ -341,14 +342,15 @@ if __name__ == "__main__":
                      num_steps=c.num_steps, parameters=sum(p.numel() for p in c.policy.parameters()), sha256=c.digest)
                 for c in contestants
             ]  # fmt: skip
-            rows = summarise(outcomes, environments, environments.values() if in_libero else ())
+            ended = {label: {name: result.success for name, result in found.items()} for label, found in outcomes.items()}
+            rows = summarise(ended, environments, environments.values() if in_libero else ())
             results = dict(
                 command="python " + shlex.join(sys.argv), date=time.strftime("%Y-%m-%d"), env_id=env_id, obs_mode=obs_mode,
                 episodes=episodes, eval_seed=args.eval_seed, num_envs=num_envs, rows=rows,
                 checkpoints=described, versions=dict(python=sys.version.split()[0], **versions),
             )  # fmt: skip
             if len(set(groups)) < len(groups):
-                results["group_rows"] = over_seeds(rows, outcomes, report.groups(results))
+                results["group_rows"] = over_seeds(rows, ended, report.groups(results))
             (output / "results.json").write_text(json.dumps(results, indent=2))
             (output / "table.md").write_text(report.markdown(results))
             (output / "report.html").write_text(report.html(results, curves, shown))

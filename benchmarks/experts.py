@@ -26,7 +26,7 @@ from tqdm import tqdm
 from pi_stepnft import envs
 from pi_stepnft.envs.libero import env as libero
 from pi_stepnft.envs.maniskill import experts
-from pi_stepnft.harness.evaluation import wilson
+from pi_stepnft.harness.statistics import wilson
 
 OUT = Path(__file__).parent / "results"
 
@@ -38,7 +38,7 @@ class Args:
     seed: int = envs.EVAL_SEED
     """first seed"""
     noise: float = 0.0
-    """on the executed translation, as --demo-noise of algos/sft_pi0.py"""
+    """on the executed translation, as --demo-noise of algos/sft.py"""
     suites: tuple[str, ...] = ()
     """LIBERO suites whose tasks are run, or single tasks; none: ManiSkill's tasks"""
     num_workers: int = envs.num_cores()

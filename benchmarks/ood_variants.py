@@ -27,7 +27,7 @@ from pi_stepnft.envs import demos
 from pi_stepnft.envs.base import EnvSpec
 from pi_stepnft.envs.maniskill import env as maniskill
 from pi_stepnft.envs.maniskill import ood
-from pi_stepnft.harness.evaluation import wilson
+from pi_stepnft.harness.statistics import wilson
 
 OUT = Path(__file__).parent / "results" / "ood_experts.json"
 IMAGES = Path(__file__).parents[1] / "docs" / "images"

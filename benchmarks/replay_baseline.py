@@ -23,7 +23,8 @@ import tyro
 
 from pi_stepnft import envs
 from pi_stepnft.envs import datasets
-from pi_stepnft.harness.evaluation import evaluate_replay, wilson
+from pi_stepnft.harness.evaluation import evaluate_replay
+from pi_stepnft.harness.statistics import wilson
 
 
 @dataclass

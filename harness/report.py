@@ -2,7 +2,7 @@
 
 `results`, as `algos/evaluate.py` writes it to results.json: env_id, obs_mode, episodes, eval_seed, num_envs; checkpoints, a list of
 dicts with a label each, the first being the baseline, and the group that a training belongs to; rows of
-`envs.evaluation.summarise`; group_rows of `envs.evaluation.over_seeds` where a group has several; command, versions and date.
+`harness.statistics.summarise`; group_rows of `harness.statistics.over_seeds` where a group has several; command, versions and date.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 from pi_stepnft.envs import EVAL_SEED
 from pi_stepnft.envs.libero.env import is_libero
-from pi_stepnft.harness.evaluation import wilson
+from pi_stepnft.harness.statistics import wilson
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
 """Of the checkpoints, in order (Okabe and Ito's, which colour-blind readers can tell apart)."""

@@ -17,7 +17,7 @@ from pi_stepnft.envs.base import EnvError, EnvSpec
 from pi_stepnft.envs.maniskill import env as maniskill
 from pi_stepnft.envs.maniskill import experts
 from pi_stepnft.envs.maniskill.cuda import CudaVecEnv
-from pi_stepnft.harness import evaluation
+from pi_stepnft.harness import evaluation, films, statistics
 
 try:
     vulkan.check_driver(picture=False)
@@ -471,7 +471,7 @@ def test_experts_solve_nine_of_ten_episodes(env_id):
     [(0, 10, 0.0, 0.27754), (5, 10, 0.23659, 0.76341), (10, 10, 0.72246, 1.0), (81, 263, 0.25527, 0.36621)],
 )
 def test_wilson_interval(successes, episodes, low, high):
-    assert evaluation.wilson(successes, episodes) == pytest.approx((low, high), abs=1e-4)
+    assert statistics.wilson(successes, episodes) == pytest.approx((low, high), abs=1e-4)
 
 
 class Replay:
@@ -498,14 +498,14 @@ def test_evaluation_counts_every_episode_once(pool, solved):
     lengths = {episode["seed"]: len(episode["action"]) for episode in known}
     assert result.success.tolist() == [seed in lengths for seed in result.seeds]
     assert result.steps.tolist() == [lengths.get(seed, 50) for seed in result.seeds]
-    assert result.rate == pytest.approx(2 / 6) and result.interval == evaluation.wilson(2, 6)
+    assert result.rate == pytest.approx(2 / 6) and result.interval == statistics.wilson(2, 6)
     nothing = evaluation.evaluate(pool, Replay([], 8), 3, execute=4)
     assert nothing.rate == 0 and nothing.steps.tolist() == [50] * 3 and nothing.seeds[0] == envs.EVAL_SEED
 
 
 def test_a_recorded_video_plays_and_its_frame_tells_the_outcome(eyes, solved, tmp_path):
     episode = solved[0]
-    outcome = evaluation.record(eyes, Replay([episode], 8), tmp_path / "new" / "pick.mp4", execute=8, seed=episode["seed"], fps=10)
+    outcome = films.record(eyes, Replay([episode], 8), tmp_path / "new" / "pick.mp4", execute=8, seed=episode["seed"], fps=10)
     assert outcome[0] is True and len(outcome) == 2
     film = iio.imread(tmp_path / "new" / "pick.mp4")  # (T, H, W, 3)
     assert film.shape[2:] == (512, 3) and film.shape[1] == 256

@@ -21,7 +21,8 @@ from pi_stepnft import envs
 from pi_stepnft.algos import evaluate
 from pi_stepnft.envs.maniskill import ood
 from pi_stepnft.harness import evaluation, films, report
-from pi_stepnft.harness.evaluation import Evaluation, compare, over_seeds, rate_interval, summarise, wilson
+from pi_stepnft.harness.evaluation import Evaluation
+from pi_stepnft.harness.statistics import compare, over_seeds, rate_interval, summarise, wilson
 
 TASK = "PickCube-v1"
 SFT = "pi0-tiny-pickcube-state"
@@ -98,15 +99,15 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def made_up(labels=("SFT", "StepNFT"), episodes=40) -> dict[str, dict[str, Evaluation]]:
+def made_up(labels=("SFT", "StepNFT"), episodes=40) -> dict[str, dict[str, np.ndarray]]:
     rng = np.random.default_rng(0)
-    return {label: {env: outcome(rng.random(episodes) < 0.3 + 0.2 * i) for env in FAMILIES} for i, label in enumerate(labels)}
+    return {label: {env: rng.random(episodes) < 0.3 + 0.2 * i for env in FAMILIES} for i, label in enumerate(labels)}
 
 
 def test_families_weigh_alike_whatever_their_size():
     rates = dict(zip(FAMILIES, (0.9, 0.2, 0.4, 0.7)))
-    outcomes = {"a": {env: outcome(np.arange(10) < 10 * rate) for env, rate in rates.items()}}
-    outcomes["b"] = {env: outcome(np.arange(10) < 10 * rate - 1) for env, rate in rates.items()}
+    outcomes = {"a": {env: np.arange(10) < 10 * rate for env, rate in rates.items()}}
+    outcomes["b"] = {env: np.arange(10) < 10 * rate - 1 for env, rate in rates.items()}
     rows = summarise(outcomes, FAMILIES)
     found = {row["name"]: row["policies"]["a"]["success"] for row in rows}
     assert found == pytest.approx({**rates, "vision": 0.3, "execution": 0.7, "OOD mean": 0.5})
@@ -125,7 +126,7 @@ def drawn(rng, *algorithms: tuple[str, int, float], variants: int = 1, episodes:
         groups[name] = [f"{name} {i}" for i in range(number)]
         for label in groups[name]:
             skill = mean + 0.2 * rng.normal()
-            outcomes[label] = {env: outcome(difficulty + rng.normal(size=episodes) < skill) for env in families}
+            outcomes[label] = {env: difficulty + rng.normal(size=episodes) < skill for env in families}
     return outcomes, families, groups
 
 
@@ -133,7 +134,7 @@ def test_trainings_and_episodes_are_both_left_to_chance():
     """By hand, for one environment: the variance of seeds and of trainings, each over its number, and their degrees of freedom."""
     outcomes, families, groups = drawn(np.random.default_rng(0), ("A", 3, 0.0), ("B", 2, 0.5), ("C", 1, 0.2))
     row = over_seeds(summarise(outcomes, families), outcomes, groups)[0]
-    a, b, c = (np.stack([outcomes[label][row["name"]].success for label in groups[name]]) for name in "ABC")
+    a, b, c = (np.stack([outcomes[label][row["name"]] for label in groups[name]]) for name in "ABC")
     shares = [(x.var(ddof=1) / len(x), len(x) - 1) for x in (b.mean(0) - a.mean(0), b.mean(1), a.mean(1))]
     error = sum(s for s, _ in shares) ** 0.5
     freedom = error**4 / sum(s**2 / n for s, n in shares)
@@ -143,7 +144,7 @@ def test_trainings_and_episodes_are_both_left_to_chance():
     assert found["p"] == pytest.approx(2 * t.sf(abs(difference) / error, freedom))
     assert "difference" not in row["policies"]["A"]
     assert row["policies"]["C"]["interval"] == pytest.approx(wilson(c.sum(), c.size))  # of a single training: its own
-    outcomes = dict.fromkeys(outcomes, {row["name"]: outcome(np.ones(100))})
+    outcomes = dict.fromkeys(outcomes, {row["name"]: np.ones(100, bool)})
     row = over_seeds(summarise(outcomes, families), outcomes, groups)[0]
     assert row["policies"]["B"]["p"] is row["policies"]["B"]["difference_interval"] is None  # where nothing varies
 
@@ -350,7 +351,7 @@ def trained(tmp_path_factory):
     original = evaluation.evaluate
     arguments = "--obs-mode state --num-envs 8 --rollout-epochs 1 --group-size 4 --iterations 1 --final-eval-episodes 12 "
     arguments += "--labels binary --learning-rate 6e-4 --warmup-iterations 0 --num-threads 1 --no-video --rollout-steps 16"
-    with mock.patch.object(evaluation, "evaluate", spy):
+    with mock.patch("pi_stepnft.harness.run.evaluate", spy):
         run("stepnft_pi0", *arguments.split(), cwd=folder)
     return only_run(folder), made
 
