@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shlex
 import signal
 import subprocess
@@ -79,6 +80,10 @@ class Run:
         source = Path(args.resume) / "policy" if resumed else self.checkpoint
         dtype, trained = getattr(torch, args.dtype), None if lora else args.train
         policy = policies.load(source, self.device, dtype, expect=self._expect, trained=trained)
+        if hasattr(args, "policy"):
+            if args.policy not in (None, policy.config.type):
+                raise RunError(f"{self.checkpoint} holds a {policy.config.type} policy, not --policy {args.policy}: leave that out")
+            args.policy = policy.config.type
         trained_on = policy.meta.get("obs_mode", args.obs_mode)
         if trained_on != args.obs_mode:
             raise RunError(f"{self.checkpoint} acts in {trained_on} mode: add --obs-mode {trained_on}, or another --checkpoint")
@@ -341,15 +346,15 @@ def bundled_start(env_id: str, obs_mode: str, policy_type: str) -> str:
                    "runs/sft, then add --checkpoint runs/sft")
 
 
-def task_name(env_id: str) -> str:
-    """The task as a part of a file's name."""
-    return env_id.replace("/", "-").replace(":", "-")
+def task_name(args: TaskArgs) -> str:
+    """The task and its options as a part of a file's name."""
+    return re.sub(r"[^\w.=-]+", "-", "-".join((args.env_id, *args.env_options)))
 
 
 def run_name(algorithm: str, policy_type: str, args: TaskArgs) -> str:
     """The name of a run's folder: what is run with which policy on what, its seed and the time."""
     label = algorithm if policy_type == "pi0" else f"{algorithm}-{policy_type}"
-    return f"{label}-{task_name(args.env_id)}-{args.obs_mode}-{args.seed}-{int(time.time())}"
+    return f"{label}-{task_name(args)}-{args.obs_mode}-{args.seed}-{int(time.time())}"
 
 
 def open_logs(folder: Path, args: TrainArgs, purge_step: int | None = None) -> SummaryWriter:

@@ -1,0 +1,238 @@
+# Docs: docs/grpo.md. RL without critic: python algos/grpo.py --env-id PickCube-v1 (π0.5: --policy pi05)
+"""GRPO on Flow-SDE (πRL, arXiv 2510.25889v3) for π0 and π0.5: one noisy solver step among ODE steps, whose Gaussian gives a
+likelihood, advantages relative to the episodes from the same initial state (arXiv 2402.03300), a clipped ratio."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a file of a checkout runs that checkout's code
+import pi_stepnft  # noqa: F401
+
+sys.path.pop(0)
+
+import numpy as np
+import torch
+
+from pi_stepnft import envs, harness, policies
+from pi_stepnft.harness import Count, Positive
+
+
+@dataclass
+class Args(harness.RLArgs):
+    policy: Literal["pi0", "pi05"] | None = None
+    """bundled policy to start from, by default pi0; with --checkpoint that says which it is"""
+
+    # rollout
+    noise_level: Positive = 1.0
+    """a of σ_t = a·sqrt(t / (1 − t)), the exploration noise on the one noisy solver step of a chunk (authors: 0.5)"""
+    group_size: Count = 16
+    """episodes from one initial state (authors: 8), which are compared with each other"""
+
+    # update
+    update_epochs: Count = 1
+    """passes over each iteration's chunks (authors: 4)"""
+    learning_rate: Positive = 3e-5
+    """Adam's (authors: 5e-6, at 3 B parameters)"""
+    clip: Positive = 0.2
+    """how far the likelihood ratio may leave 1 before a chunk stops pulling (authors: 0.2)"""
+
+
+def check(args: Args) -> None:
+    """Raise RunError, in one line, for arguments that do not go together."""
+    if args.group_size < 2:
+        raise harness.RunError(f"--group-size {args.group_size} leaves nothing to compare an episode with: it must be at least 2")
+
+
+# ------------------------------------------------------------------------------------------------------------ the method
+
+
+class Chunks(NamedTuple):
+    """What is remembered of action chunks; every field has a row for each of them."""
+
+    state: torch.Tensor  # (M, S) normalised
+    x: torch.Tensor  # (M, K + 1, H, A) the solver's path, from noise to the chunk
+    step: torch.Tensor  # (M,) which of its steps was noisy
+    log_prob: torch.Tensor  # (M,) of that step
+    episode: torch.Tensor  # (M,) which of the iteration's episodes it belongs to
+
+
+def flow_sde_step(
+    x_t: torch.Tensor, v: torch.Tensor, step: torch.Tensor, *, num_steps: int, noise_level: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """πRL, Eq. 9: one Flow-SDE step x_next ~ N(μ(v), std²). The marginals are the flow ODE's.
+
+    x_t, v: (B, H, A); step i: (B,) int in [0, num_steps), time t_i = 1 − i/K (1 noise, 0 action). Returns μ (B, H, A) and
+    std (B, 1, 1). `noise_level` 0 gives the Euler step x_t − δ·v. The sampler and the loss both call this function.
+    """
+    delta = 1.0 / num_steps
+    t = (1 - step * delta).view(-1, 1, 1)
+    # σ_t = a·sqrt(t / (1 − t)); at t = 1 the denominator is that of the next time, 1 − t_1 = δ
+    sigma = noise_level * (t / torch.where(step.view(-1, 1, 1) == 0, delta, 1 - t)).sqrt()
+    x0_hat = x_t - t * v  # the action end of the straight path
+    x1_hat = x_t + (1 - t) * v  # its noise end
+    mean = x0_hat * (1 - (t - delta)) + x1_hat * ((t - delta) - sigma**2 * delta / (2 * t))
+    return mean, sigma * delta**0.5
+
+
+def log_prob(x_next: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Gaussian log density of the executed entries, summed over the chunk: (B, H, A), mask (H, A) bool -> (B,)."""
+    density = -0.5 * ((x_next - mean) / std) ** 2 - std.log() - 0.5 * math.log(2 * math.pi)
+    return (density * mask).sum((1, 2))
+
+
+def flow_sde_sample(
+    policy: policies.Pi0,
+    prefix: policies.Prefix,
+    state: torch.Tensor,
+    *,
+    num_steps: int,
+    noise_level: float,
+    mask: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """πRL, §4.2.3: sample action chunks by the ODE, but for one random solver step of each, which is taken by the SDE.
+
+    Returns the path x (B, K + 1, H, A), whose last entry is the action chunk, the number of the noisy step (B,), and its
+    log-probability (B,) over the entries of mask (H, A).
+    """
+    B = len(state)
+    x = torch.randn(B, policy.config.horizon, policy.config.action_dim, device=state.device)
+    step = torch.randint(num_steps, (B,), device=x.device)
+    xs, log_probs = [x], torch.zeros(B, device=x.device)
+    for i in range(num_steps):
+        now = torch.full((B,), i, device=x.device)
+        v = policy.velocity(prefix, state, x, 1 - now / num_steps).float()
+        mean, std = flow_sde_step(x, v, now, num_steps=num_steps, noise_level=noise_level)
+        noisy = step == i  # (B,)
+        x = torch.where(noisy.view(-1, 1, 1), mean + std * torch.randn_like(mean), x - v / num_steps)
+        log_probs += noisy * log_prob(x, mean, std, mask)
+        xs.append(x)
+    return torch.stack(xs, 1), step, log_probs
+
+
+def group_advantages(success: np.ndarray, group: np.ndarray, eps: float = 1e-6) -> tuple[np.ndarray, np.ndarray]:
+    """Advantages (E,) of episodes, (success − mean) / (deviation + eps) in their group, and which carry signal (E,) bool.
+
+    As arXiv 2402.03300, §4.1.2. success, group: (E,) outcome and initial state of each episode; eps: as πRL's authors'. The
+    advantages of a group sum to zero. Where all of a group succeed, or none does, the outcome tells nothing about the actions, and
+    the group is to be dropped.
+    """
+    _, which = np.unique(group, return_inverse=True)  # (E,)
+    p = (np.bincount(which, weights=success) / np.bincount(which))[which]  # share of success in the group
+    return (success - p) / (np.sqrt(p * (1 - p)) + eps), (p > 0) & (p < 1)
+
+
+def grpo_loss(
+    new: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor, *, clip: float
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """πRL, Eq. 14 and 15: the clipped surrogate −min(r·A, clamp(r, 1 − ε, 1 + ε)·A) of arXiv 1707.06347, r = exp(new − old).
+
+    new, old: (B,) log-probabilities; advantages: (B,). Returns the scalar loss, a mean over chunks, and metrics: approx_kl (mean
+    r − 1 − log r), clip_fraction (share of ratios beyond the clip), ratio_deviation (mean |r − 1|).
+    """
+    ratio = (new - old).exp()
+    loss = -torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages).mean()
+    with torch.no_grad():
+        deviation = (ratio - 1).abs()
+        metrics = dict(
+            approx_kl=(ratio - 1 - (new - old)).mean(),
+            clip_fraction=(deviation > clip).float().mean(),
+            ratio_deviation=deviation.mean(),
+        )
+    return loss, metrics
+
+
+# ------------------------------------------------------------------------------------------------------------- the program
+
+
+def main(args: Args) -> None:
+    check(args)
+    run = harness.Run("grpo", args)
+    args, device, K = run.args, run.device, run.args.num_steps
+
+    # Policy θ, which acts itself
+    policy = run.load_policy()
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    fused = device.type == "cuda"  # no temporary copies
+    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, betas=(0.9, 0.95), eps=1e-5, fused=fused)  # as StepNFT's
+    if args.compile:
+        policy.velocity = torch.compile(policy.velocity)
+    solver = dict(num_steps=K, noise_level=args.noise_level)
+    venv = run.make_envs(policy)
+    B = args.num_envs
+    run.begin(dict(policy=policy), optimizer)
+
+    for iteration in run.iterations():
+        # ---------------------------------------------------------------------- rollout: one noisy solver step per chunk
+        batches, prefixes, success, lost, group = [], run.prefixes(), [], [], []
+        policy.eval()
+        with torch.inference_mode():
+            for epoch in range(args.rollout_epochs):
+                seeds = run.rng.integers(envs.TRAIN_SEEDS, size=B // args.group_size).repeat(args.group_size)
+                obs, _ = venv.reset(seed=seeds)
+                running, gone, turn = np.ones(B, bool), np.zeros(B, bool), 0
+                while running.any() and not 0 < args.rollout_steps <= turn * run.execute:
+                    index = np.flatnonzero(running)
+                    seen = {name: value[index] for name, value in obs.items()}
+                    *inputs, state = policy.processor(seen, [venv.instructions[i] for i in index])
+                    prefix = policy.encode_prefix(*inputs)
+                    x, step, log_probs = flow_sde_sample(policy, prefix, state, **solver, mask=run.mask)
+                    prefixes.remember(inputs, prefix)
+                    episode = torch.from_numpy(epoch * B + index)
+                    batches.append(Chunks(state, x, step, log_probs, episode))
+                    actions = np.zeros((B, run.execute, venv.action_dim), np.float32)
+                    actions[index] = policy.processor.unnormalize_actions(x[:, -1, : run.execute], seen["state"]).cpu().numpy()
+                    obs, _, terminated, truncated, info = venv.step(actions)
+                    run.env_steps += int(info["steps"].sum())
+                    running &= ~(terminated | truncated)
+                    gone |= info["lost"]
+                    turn += 1
+                success.append(info["success"])
+                lost.append(gone)
+                group.append(epoch * B + np.arange(B) // args.group_size)
+        run.lap("rollout")
+
+        # ---------------------------------------------------------------------- advantages
+        chunks = Chunks(*map(torch.cat, zip(*batches)))
+        success, lost, group = np.concatenate(success), np.concatenate(lost), np.concatenate(group)  # (E,)
+        group[lost] = -1 - np.flatnonzero(lost)  # nobody is compared with a lost episode, nor learns from it
+        episode = chunks.episode.numpy()
+        advantages, keep = (each[episode] for each in group_advantages(success, group))  # the same for all chunks of an episode
+        used = torch.from_numpy(np.flatnonzero(keep)).to(device)  # (M,) chunks to learn from
+        advantages = torch.from_numpy(advantages).float().to(device)
+        M = len(used)
+
+        # ---------------------------------------------------------------------- update θ
+        policy.train()
+        losses = harness.Averages()
+        for parameter_group in optimizer.param_groups:
+            parameter_group["lr"] = args.learning_rate * min(1.0, (iteration + 1) / max(1, args.warmup_iterations))
+        for _ in range(args.update_epochs if M else 0):  # nothing to learn from where no group has contrast
+            for minibatch in torch.randperm(M, device=device).chunk(args.num_minibatches):
+                optimizer.zero_grad()
+                for mb in minibatch.split(args.micro_batch or M):  # the loss is a mean over chunks, so are the gradients
+                    row, step = used[mb], chunks.step[used[mb]]  # (b,)
+                    x_t, x_next = chunks.x[row, step], chunks.x[row, step + 1]  # (b, H, A)
+                    prefix = prefixes.recall(policy, row)
+                    v = policy.velocity(prefix, chunks.state[row], x_t, 1 - step / K).float()
+                    log_probs = log_prob(x_next, *flow_sde_step(x_t, v, step, **solver), run.mask)
+                    loss, metrics = grpo_loss(log_probs, chunks.log_prob[row], advantages[row], clip=args.clip)
+                    share = len(mb) / len(minibatch)
+                    (share * loss).backward()
+                    losses.add({**metrics, "loss": loss.detach()}, share)
+                losses.add({"grad_norm": run.clip_gradient(parameters)})
+                optimizer.step()
+
+        advantage_mean = advantages[used].mean().item() if M else 0.0
+        run.log(success, lost, losses, signal=keep.mean(), advantage_mean=advantage_mean)
+        run.evaluate_and_save_when_due()
+    run.finish(forward_passes=1)  # velocities of a chunk in one pass of the update
+
+
+if __name__ == "__main__":
+    with harness.one_line_errors():
+        main(harness.parse(Args, __doc__))
