@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -29,6 +30,7 @@ from tqdm import tqdm
 
 import pi_stepnft
 from pi_stepnft import envs, policies
+from pi_stepnft.harness import checkpoints
 from pi_stepnft.harness.args import RLArgs, RunError, TaskArgs, TrainArgs, check, env_options
 from pi_stepnft.harness.evaluation import Evaluation, evaluate, plot_curve, record
 from pi_stepnft.harness.storage import Prefixes, memory_gb
@@ -76,8 +78,8 @@ class Run:
     def load_policy(self) -> policies.Pi0:
         """The policy to train, frozen and adapted as --train says; with --resume the run's own."""
         args, lora = self.args, self.args.train == "lora"
-        resumed = args.resume and not lora  # saved policies have their adapters merged
-        source = Path(args.resume) / "policy" if resumed else self.checkpoint
+        self._resumed = checkpoints.newest(Path(args.resume)) if args.resume else None
+        source = self._resumed / "policy" if self._resumed and not lora else self.checkpoint  # saved policies have adapters merged
         dtype, trained = getattr(torch, args.dtype), None if lora else args.train
         policy = policies.load(source, self.device, dtype, expect=self._expect, trained=trained)
         if hasattr(args, "policy"):
@@ -127,21 +129,24 @@ class Run:
         self.trained, self.optimizer, self.unsaved = trained, optimizer, dict(unsaved or {})
         if args.train == "lora":
             self.unsaved |= {name: [p for p in policy.parameters() if p.requires_grad] for name, policy in trained.items()}
-        if args.resume:
+        if self._resumed:
             if args.train != "lora":
                 for name, policy in list(trained.items())[1:]:
-                    policies.load_weights(policy, self.folder / name / "model.safetensors")
-            progress = policies.load_training(self.folder, optimizer, self.rng, self.unsaved)
+                    policies.load_weights(policy, self._resumed / name / "model.safetensors")
+            progress = checkpoints.restore(self._resumed, optimizer, self.rng, self.unsaved)
             self.iteration, self.env_steps, self.trained_s, self.curve = (
                 progress[name] for name in ("iteration", "env_steps", "trained_s", "curve")
             )
             if self.iteration >= args.iterations and (self.folder / "result.json").is_file():
                 raise RunError(f"{self.folder} has done its {self.iteration} iterations: to go on, give --iterations above that")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        else:
+            self.folder = new_folder(self.folder)
         write_json(self.folder / "args.json", asdict(args) | {"resume": None})
         self.writer = open_logs(self.folder, args, purge_step=self.iteration + 1 if self.curve else None)
+        self._saved_at = time.time()
         if not self.curve:
             print(f"before: {self.evaluate('before')}")
+            self.save()
 
     def iterations(self) -> Iterator[int]:
         """The numbers of the iterations that are left, from 0 on, until they are done, the time is up or a signal asks to stop."""
@@ -187,13 +192,15 @@ class Run:
         self._bar.set_postfix(success=f"{100 * success.mean():.0f}%", SPS=f"{charts['SPS']:.0f}", refresh=False)
 
     def evaluate_and_save_when_due(self) -> None:
-        """An evaluation every --eval-every iterations, which does not count as training time; a checkpoint every --save-every."""
+        """An evaluation every --eval-every iterations, which does not count as training time; a checkpoint every --save-every
+        iterations or --save-minutes."""
         args, last = self.args, self.iteration == self.args.iterations
         if args.eval_every and self.iteration % args.eval_every == 0 and not last:
             result = self.evaluate()
             tqdm.write(f"iteration {self.iteration}, {self.env_steps} environment steps, {self.trained_s / 60:.1f} min: {result}")
             self._start = time.time() - self.trained_s
-        if self.iteration % args.save_every == 0 or last or self._stopped:
+        waited = time.time() - self._saved_at > 60 * args.save_minutes
+        if self.iteration % args.save_every == 0 or waited or last or self._stopped:
             self.save()
 
     def finish(self, **facts: Any) -> None:
@@ -262,16 +269,15 @@ class Run:
         made = {"iteration": self.iteration, "env_steps": self.env_steps, "seed": args.seed}
         for name, policy in self.trained.items():
             policy.meta = policy.meta | {"execute": self.execute, "num_steps": args.num_steps, self.algorithm: made}
-            policies.save(policy, self.folder / name)
         progress = dict(iteration=self.iteration, env_steps=self.env_steps, trained_s=self.trained_s, curve=self.curve)
-        policies.save_training(self.folder, self.optimizer, self.rng, progress, self.unsaved)
+        checkpoints.save(self.folder, self.trained, self.optimizer, self.rng, progress, self.unsaved, args.keep)
+        self._saved_at = time.time()
         plot_curve(self.curve, self.folder / "curve.png", f"{args.env_id} ({args.obs_mode}), seed {args.seed}")
 
     def _stop(self, number: int, frame: Any) -> None:
         """The first signal ends the run after the iteration that it comes in; a second one, or one outside of them, ends it now."""
         if not self._in_iteration or self._stopped:
-            saved = (self.folder / "training.json").is_file()
-            raise KeyboardInterrupt(f"go on with --resume {self.folder}" if saved else "nothing is saved yet")
+            raise KeyboardInterrupt(f"go on with --resume {self.folder}")
         self._stopped = signal.Signals(number).name
         tqdm.write(f"{self._stopped}: ending this iteration, then saving (once more: stop at once)")
 
@@ -287,6 +293,15 @@ def set_up(args: TaskArgs) -> torch.device:
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.num_threads or envs.num_cores())
     return choose_device(args.device)
+
+
+def new_folder(path: Path) -> Path:
+    """Create a folder that was not there: of this name, or with a number behind it where another run has just taken that."""
+    for number in itertools.count(2):
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(parents=True)
+            return path
+        path = path.with_name(f"{path.name.rsplit('+', 1)[0]}+{number}")
 
 
 def choose_device(name: str) -> torch.device:

@@ -11,12 +11,12 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
+from test_main import refusal, run
 
 from pi_stepnft import envs, policies
-from pi_stepnft.algos import sft_pi0
+from pi_stepnft.algos import sft
 from pi_stepnft.envs import datasets, demos
 from pi_stepnft.envs.maniskill import env as maniskill
-from tests.test_main import refusal, run
 
 SIZE, LENGTHS = 32, (5, 3)
 TEXTS = "pick up the bowl", "open the drawer"
@@ -314,12 +314,12 @@ def test_what_a_file_lacks_is_named_in_one_line(spoil, named, tmp_path, episodes
 
 def test_sft_from_a_dataset_without_a_simulator(tmp_path, episodes):
     write_lerobot(tmp_path / "data", episodes, "v2.1", "video")
-    misfit = refusal("sft_pi0", "--dataset", "data", "--num-envs", 1, "--eval-episodes", 1, cwd=tmp_path)
+    misfit = refusal("sft", "--dataset", "data", "--num-envs", 1, "--eval-episodes", 1, cwd=tmp_path)
     assert "the demonstrations have" in misfit
     arguments = "--dataset data --steps 2 --batch-size 4 --num-threads 1 --output out --image-size 48 --eval-episodes 0"
     with contextlib.redirect_stdout(None):
-        run("sft_pi0", "--env-id", "libero_object", *arguments.split(), cwd=tmp_path)
+        run("sft", "--env-id", "libero_object", *arguments.split(), cwd=tmp_path)
     policy = policies.load(tmp_path / "out")
     assert policy.config.num_cameras == 2 and len(policy.processor.state_stats) == 8 and policy.meta["sft"]["demos"] == 2
     actions = policy.act(dict(image=episodes[0]["image"][:1], state=episodes[0]["state"][:1]), [TEXTS[0]], 1)
-    assert actions.shape == (1, sft_pi0.Args.horizon, 7)
+    assert actions.shape == (1, sft.Args.horizon, 7)

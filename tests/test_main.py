@@ -3,16 +3,18 @@
 import ast
 import contextlib
 import json
-import multiprocessing.spawn
 import os
+import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
-from multiprocessing.spawn import get_preparation_data
+import time
 from pathlib import Path
 from unittest import mock
 
+import h5py
 import imageio.v3 as iio
 import numpy as np
 import pytest
@@ -20,8 +22,8 @@ import torch
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pi_stepnft import envs, policies
-from pi_stepnft.algos import sft_pi0, stepnft_pi0
+from pi_stepnft import harness, policies
+from pi_stepnft.algos import pretrain, sft, stepnft_pi0
 from pi_stepnft.envs import demos
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,21 +63,12 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
     return {mode: random_checkpoint(folder / mode, mode) for mode in ("rgb", "state")}
 
 
-def preparation_without_main(name: str) -> dict:
-    """What a spawned worker gets, less the order to import the program: it has no use for it, and that takes seconds."""
-    data = get_preparation_data(name)
-    return {key: value for key, value in data.items() if not key.startswith("init_main")}
-
-
 def run(script: str, *arguments, cwd: Path) -> None:
     """What `python algos/<script>.py <arguments>` does, without importing torch once more."""
     before = os.getcwd()
     os.chdir(cwd)
     try:
-        with (
-            mock.patch.object(sys, "argv", [f"algos/{script}.py", *map(str, arguments)]),
-            mock.patch.object(multiprocessing.spawn, "get_preparation_data", preparation_without_main),
-        ):
+        with mock.patch.object(sys, "argv", [f"algos/{script}.py", *map(str, arguments)]):
             runpy.run_path(str(ROOT / "algos" / f"{script}.py"), run_name="__main__")
     finally:
         os.chdir(before)
@@ -138,30 +131,40 @@ def scalars(folder: Path) -> dict[str, dict[int, float]]:
     ],
 )
 def test_arguments_that_cannot_work_are_named_in_one_line(arguments, named):
-    with pytest.raises(envs.EnvError) as error:
-        stepnft_pi0.check(stepnft_pi0.Args(**arguments))
+    with pytest.raises(harness.RunError) as error:
+        check(stepnft_pi0.Args(**arguments))
     assert named in str(error.value) and "\n" not in str(error.value)
 
 
+def check(args: stepnft_pi0.Args) -> None:
+    """What is asked of the arguments before anything starts: of all programs', and of this one's."""
+    harness.check(args)
+    stepnft_pi0.check(args)
+
+
 def test_the_defaults_pass_the_check():
-    stepnft_pi0.check(stepnft_pi0.Args())
+    check(stepnft_pi0.Args())
 
 
-@pytest.mark.parametrize("module", [stepnft_pi0, sft_pi0])
+@pytest.mark.parametrize("module", [stepnft_pi0, sft, pretrain])
 def test_help_explains_every_option(module, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit) as stop:
         tyro.cli(module.Args, args=["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    (definition,) = (
-        node for node in ast.parse(Path(module.__file__).read_text()).body if isinstance(node, ast.ClassDef) and node.name == "Args"
-    )
-    options = definition.body[::2]
-    assert [option.target.id for option in options] == list(module.Args.__dataclass_fields__)
-    for option, docstring in zip(options, definition.body[1::2], strict=True):
-        assert f"--{option.target.id.replace('_', '-')}" in text
-        assert docstring.value.value.splitlines()[0] in text  # a docstring per field, as written
+    docstrings = {}
+    for base in reversed(module.Args.__mro__[:-1]):  # its own options and those that it shares
+        source = ast.parse(Path(sys.modules[base.__module__].__file__).read_text())
+        (definition,) = (node for node in source.body if isinstance(node, ast.ClassDef) and node.name == base.__name__)
+        body = [node for node in definition.body if isinstance(node, ast.AnnAssign | ast.Expr)]
+        options = [i for i, node in enumerate(body) if isinstance(node, ast.AnnAssign)]
+        assert [body[i].target.id for i in options] == list(base.__annotations__)
+        docstrings |= {body[i].target.id: body[i + 1].value.value for i in options}  # one per field, below it
+    assert docstrings.keys() == module.Args.__dataclass_fields__.keys()
+    for option, docstring in docstrings.items():
+        assert f"--{option.replace('_', '-')}" in text
+        assert docstring.splitlines()[0] in text  # as written
 
 
 def refusal(script: str, *arguments, cwd: Path) -> str:
@@ -176,7 +179,7 @@ def refusal(script: str, *arguments, cwd: Path) -> str:
 
 def test_a_task_that_does_not_exist_is_not_sent_to_sft(tmp_path):
     assert "unknown environment id 'PickCub-v1'" in refusal("stepnft_pi0", "--env-id", "PickCub-v1", cwd=tmp_path)
-    assert "no bundled checkpoint for PokeCube-v1" in refusal("stepnft_pi0", "--env-id", "PokeCube-v1", cwd=tmp_path)
+    assert "no bundled π0 checkpoint for PokeCube-v1" in refusal("stepnft_pi0", "--env-id", "PokeCube-v1", cwd=tmp_path)
 
 
 def test_a_task_that_needs_a_download(checkpoints, tmp_path):
@@ -211,12 +214,36 @@ def test_a_run_that_cannot_be_resumed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments, named",
-    [("--execute 9", "horizon"), ("--train most", "--train"), ("--base nowhere", "nowhere"), ("--dtype int8", "--dtype"),
-     ("--micro-batch -1", "--micro-batch"), ("--train lora", "--base")],
-)  # fmt: skip
-def test_sft_refuses_before_it_starts(arguments, named, tmp_path):
-    assert named in refusal("sft_pi0", *arguments.split(), cwd=tmp_path)
+    "script, arguments, named",
+    [
+        ("sft", "--execute 9", "longer than the chunks of --horizon 4 actions"),
+        ("sft", "--base nowhere", "nowhere"),
+        ("sft", "--micro-batch -1", "--micro-batch must be at least 0, got -1"),
+        ("sft", "--demos 0", "--demos must be at least 1, got 0"),
+        ("sft", "--train lora", "--base"),
+        ("sft", "--eval-episodes 0", "needs --dataset"),
+        ("sft", "--image-size 100", "--image-size 100 must be a multiple of 12"),
+        ("sft", "--num-envs 1 --env-options backend=cuda", "backend is 'cpu' here"),
+        ("sft", "--env-options backend", "--env-options takes name=value, got 'backend'"),
+        ("pretrain", "--obs-mode state", "start"),
+        ("pretrain", "--steps 0", "--steps must be at least 1, got 0"),
+        ("pretrain", "--image-size 100", "--image-size 100 must be a multiple of --patch-size 16"),
+        ("pretrain", "--dataset typo.h5", "no demonstration file at typo.h5"),
+    ],
+)
+def test_what_comes_before_rl_refuses_before_it_starts(script, arguments, named, tmp_path):
+    assert named in refusal(script, *arguments.split(), cwd=tmp_path)
+
+
+def test_demonstrations_that_a_base_has_no_room_for(tmp_path):
+    base = random_checkpoint(tmp_path / "base", "rgb")
+    image, state, action = np.zeros((4, 1, 48, 48, 3), np.uint8), np.zeros((4, 50), np.float32), np.zeros((4, 7), np.float32)
+    with h5py.File(tmp_path / "data.h5", "w") as file:
+        file.attrs.update(format=demos.FORMAT, env_id="PickCube-v1", obs_mode="rgb", instruction="pick")
+        for name, value in dict(image=image, state=state, action=action, objects=state[:, None, :3]).items():
+            file[f"episode_0/{name}"] = value
+    message = refusal("sft", "--dataset", "data.h5", "--eval-episodes", 0, "--base", base, cwd=tmp_path)
+    assert f"50 state dimensions, --base {base} has room for 48" in message
 
 
 @pytest.mark.parametrize("case", ["unknown task", "negative count", "another task's checkpoint", "no driver"])
@@ -268,6 +295,7 @@ def test_an_rgb_run_leaves_everything_behind_and_can_be_resumed(checkpoints, tmp
     assert 0 < result["env_steps"] <= 2 * 4 * 50  # iterations, episodes, their limit
     assert result["algorithm"] == "stepnft_pi0" and result["forward_passes"] == 4  # all K transitions of a chunk
     assert result["parameters_trained"] == sum(initial[name].numel() for name in trained) and result["peak_memory_gb"] > 0.1
+    assert re.fullmatch("[0-9a-f]{40}(-dirty)?", result["commit"])
     assert result["training_minutes"] > 0 and result["versions"]["torch"] == torch.__version__
     for name in ("before", "after", "after_rollout_policy"):
         low, high = result[name]["interval"]
@@ -340,6 +368,69 @@ def test_an_iteration_without_contrast_changes_nothing(state_run, checkpoints, t
     assert same(weights(folder / "policy"), weights(checkpoints["state"]))
 
 
+def test_resuming_follows_the_runs_own_arguments(state_run, checkpoints, tmp_path):
+    straight, _ = state_run
+    folder = shutil.copytree(straight, tmp_path / "runs" / straight.name)
+    before, stored = weights(folder / "policy"), json.loads((folder / "args.json").read_text())
+
+    def refused(*arguments) -> str:
+        with pytest.raises(SystemExit) as stop:
+            run("stepnft_pi0", "--resume", folder, *arguments, cwd=tmp_path)
+        assert "\n" not in stop.value.code
+        return stop.value.code
+
+    # options that are part of what is computed, on their own and together, whatever their form
+    message = refused("--learning-rate", 1e-3, "--num-envs=4", "--no-mask_padding", "--iterations", 3)
+    assert "have another --learning-rate, --mask-padding, --num-envs" in message and f"--checkpoint {folder}/policy" in message
+    assert "another --obs-mode" in refused("--obs-mode", "rgb")
+    assert f"the run's folder is {folder}" in refused_at(folder / "policy", tmp_path)
+
+    # a finished run does not train on, nor less
+    for iterations in ([], ["--iterations", 2], ["--iterations", 1]):
+        assert f"{folder} has done its 2 iterations: to go on, give --iterations above that" in refused(*iterations)
+    assert same(weights(folder / "policy"), before) and json.loads((folder / "args.json").read_text()) == stored
+
+    # one that ended while it was being evaluated has its result still to write
+    (folder / "result.json").unlink()
+    run("stepnft_pi0", "--resume", folder, cwd=tmp_path)
+    assert json.loads((folder / "result.json").read_text())["iterations"] == 2 and same(weights(folder / "policy"), before)
+
+    # what may change, and what repeats the run's own arguments
+    free = "--iterations 3 --max-minutes 5 --num-threads 2 --no-video --device cpu --num-envs 2 --labels binary".split()
+    run("stepnft_pi0", "--resume", folder, *free, cwd=tmp_path)
+    changed = dict(iterations=3, max_minutes=5.0, num_threads=2, video=False, device="cpu")
+    assert json.loads((folder / "args.json").read_text()) == stored | changed
+    result = json.loads((folder / "result.json").read_text())
+    assert result["iterations"] == 3 and result["args"]["num_minibatches"] == 2 and not same(weights(folder / "policy"), before)
+
+
+def refused_at(folder: Path, cwd: Path) -> str:
+    with pytest.raises(SystemExit) as stop:
+        run("stepnft_pi0", "--resume", folder, cwd=cwd)
+    return stop.value.code
+
+
+def test_a_signal_ends_the_iteration_and_resuming_changes_nothing(state_run, tmp_path):
+    straight, arguments = state_run
+    command = [sys.executable, ROOT / "algos" / "stepnft_pi0.py", *map(str, arguments), "--iterations", "2"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    told = b""
+    while b"STEPNFT" not in told:  # the first iteration has begun
+        told += (some := process.stderr.read1())
+        assert some, told
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    told += process.communicate(timeout=300)[1]
+    folder = only_run(tmp_path)
+    *_, line = told.decode().splitlines()
+    assert process.returncode == 1 and line == f"stopped by SIGTERM after iteration 1; go on with --resume runs/{folder.name}"
+    assert not (folder / "result.json").exists()
+    run("stepnft_pi0", "--resume", folder, cwd=tmp_path)
+    for name in ("policy", "rollout_policy"):
+        assert same(weights(folder / name), weights(straight / name))
+    assert json.loads((folder / "result.json").read_text())["iterations"] == 2
+
+
 @pytest.mark.parametrize("sampler", ["sde", "ode"])
 def test_the_ablations_change_what_they_say(sampler, state_run, tmp_path):
     """One fixed transition is learnt from, the noise falls on a straight line, and each target gives a loss of its own."""
@@ -356,7 +447,7 @@ def test_the_ablations_change_what_they_say(sampler, state_run, tmp_path):
     for target in ("mean", "x0"):
         with mock.patch.object(policies.Pi0, "velocity", spy):
             folder = train(tmp_path / target, *arguments, "--sampler", sampler, "--target", target, "--transitions", 2,
-                           "--loss", "wmse", *options)  # fmt: skip
+                           "--loss", "wmse", *options)
         logged = scalars(folder)
         rankings.append(logged["losses/ranking"][1])
         noise = list(logged["charts/noise_level"].values())
@@ -378,7 +469,7 @@ def test_the_time_limit_is_for_one_sitting(state_run, tmp_path):
 
 def test_a_dataset_that_is_not_there_is_an_error_and_not_a_wish(tmp_path):
     with pytest.raises(SystemExit) as stop:
-        run("sft_pi0", "--obs-mode", "state", "--num-envs", 1, "--dataset", "typo.h5", cwd=tmp_path)
+        run("sft", "--obs-mode", "state", "--num-envs", 1, "--dataset", "typo.h5", cwd=tmp_path)
     assert str(stop.value) == "error: no demonstration file at typo.h5"
     assert not (tmp_path / "typo.h5").exists()
 
@@ -386,26 +477,26 @@ def test_a_dataset_that_is_not_there_is_an_error_and_not_a_wish(tmp_path):
 def test_a_short_sft_writes_a_policy_that_knows_its_data(tmp_path):
     arguments = "--obs-mode state --demos 4 --steps 5 --eval-episodes 4 --num-envs 4 --num-threads 1 --no-video --output out"
     with contextlib.redirect_stdout(None):
-        run("sft_pi0", *arguments.split(), cwd=tmp_path)
+        run("sft", *arguments.split(), cwd=tmp_path)
     policy = policies.load(tmp_path / "out")
     data = demos.read(tmp_path / "demos" / "PickCube-v1-state-4-noise0.5.h5")
     assert len(data.start) == 4
     assert policy.processor.state_stats.mean == pytest.approx(data.state.mean(0), rel=1e-4, abs=1e-5)
     assert len(policy.processor.action_stats) == 7
     assert (policy.meta["env_id"], policy.meta["obs_mode"], policy.meta["execute"]) == ("PickCube-v1", "state", 4)
-    sft = policy.meta["sft"]
-    assert (sft["demos"], sft["steps"], sft["episodes"]) == (4, 5, 4)
-    assert sft["interval"][0] <= sft["success"] <= sft["interval"][1]
+    made = policy.meta["sft"]
+    assert (made["demos"], made["steps"], made["episodes"]) == (4, 5, 4)
+    assert made["interval"][0] <= made["success"] <= made["interval"][1]
     assert scalars(only_run(tmp_path))["losses/flow"].keys() == {0, 4}
 
 
 def test_pi05_learns_to_read_and_then_from_demonstrations(tmp_path):
     """The whole way to a π0.5 policy: pre-training that reads numbers, few-shot SFT on it, with the state in the prompt."""
     options = "--obs-mode state --num-threads 1"
-    sft = f"{options} --demos 4 --steps 3 --eval-episodes 2 --num-envs 2 --no-video --output out --base read".split()
+    arguments = f"{options} --demos 4 --steps 3 --eval-episodes 2 --num-envs 2 --no-video --output out --base read".split()
     with contextlib.redirect_stdout(None):
-        run("pretrain_pi05", *options.split(), "--steps", 2, "--batch-size", 4, "--output", "read", cwd=tmp_path)
-        run("sft_pi05", *sft, cwd=tmp_path)
+        run("pretrain", "--policy", "pi05", *options.split(), "--steps", 2, "--batch-size", 4, "--output", "read", cwd=tmp_path)
+        run("sft", *arguments, cwd=tmp_path)  # the base says that it is π0.5
     read, policy = policies.load(tmp_path / "read"), policies.load(tmp_path / "out")
     assert read.meta["pretraining"]["number_error"] > 0
     assert isinstance(policy, policies.Pi05) and policy.processor.reads_state and not same(read.state_dict(), policy.state_dict())
@@ -416,7 +507,6 @@ def test_pi05_learns_to_read_and_then_from_demonstrations(tmp_path):
         run("stepnft_pi05", "--obs-mode", "state", "--checkpoint", "out", "--iterations", 1, "--no-video", *SHORT, cwd=tmp_path)
     (trained,) = (tmp_path / "runs").glob("stepnft-pi05-*")
     assert not same(policy.state_dict(), weights(trained / "policy"))
-    for algorithm in ("stepnft_pi0", "sft_pi0"):
-        option = "--checkpoint" if algorithm == "stepnft_pi0" else "--base"
-        named = refusal(algorithm, "--obs-mode", "state", option, tmp_path / "out", cwd=trained)
+    for algorithm, *options in (("stepnft_pi0", "--checkpoint"), ("sft", "--policy", "pi0", "--base")):
+        named = refusal(algorithm, "--obs-mode", "state", *options, tmp_path / "out", cwd=trained)
         assert "holds a pi05 policy; expected pi0" in named

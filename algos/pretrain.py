@@ -1,0 +1,165 @@
+# Docs: docs/sft.md. What a tiny policy has no web for, to see and to read: python algos/pretrain.py --env-id PickCube-v1
+"""Pre-train a tiny policy to tell where the objects in a picture are and, π0.5, which numbers stand in its prompt; no actions.
+
+PaliGemma has learnt to locate things and to read numbers on the web before π0 or π0.5 ever sees a robot; a tiny policy starts from
+random weights and would spend its few demonstrations on that alone. The policy's own path is trained: the prefix's keys and values,
+read by the expert at x_t = 0, t = 1, where the velocity target noise − a is −a for a deterministic a. Here a holds what is to be
+told: of π0.5, whose state is text in the prompt, numbers drawn at random, and in rgb mode the positions of the movable objects.
+The state is hidden from the expert, so only pictures and prompt can tell.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a file of a checkout runs that checkout's code
+import pi_stepnft  # noqa: F401
+
+sys.path.pop(0)
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from pi_stepnft import envs, harness, policies
+from pi_stepnft.envs import demos
+from pi_stepnft.harness import Count, Positive, PositiveOrZero
+
+
+@dataclass
+class Args(harness.TaskArgs):
+    policy: Literal["pi0", "pi05"] = "pi0"
+    """π0 (rgb only) or π0.5, which also learns to read its state (in state mode that alone)"""
+    output: str = "runs/pretrained"
+    """checkpoint folder to write"""
+
+    # rgb: scenes
+    episodes: Count = 1400
+    """rgb: episodes of the task's scripted expert that are rendered (about 25 pictures each); the last 5 % are held out"""
+    noise: PositiveOrZero = 0.6
+    """rgb: noise on the expert's executed translation, relative to it: variety of scenes"""
+    dataset: str | None = None
+    """rgb: file with the rendered scenes; by default one in demos/ named after these options, rendered if it is not there"""
+    image_size: Count = 96
+    """side of the camera image, px"""
+    patch_size: Count = 16
+    """side of a vision patch, px"""
+
+    # training
+    steps: Count | None = None
+    """optimizer steps; default: 3.5 passes over the scenes for π0, 3000 for π0.5, whose numbers are ever new"""
+    batch_size: Count = 96
+    """pictures and prompts per step"""
+    learning_rate: Positive = 1e-3
+    """peak of a schedule with 5 % warm-up and cosine decay to zero"""
+
+
+def check(args: Args) -> None:
+    """Raise RunError, in one line, for arguments that do not go together."""
+    if args.policy == "pi0" and args.obs_mode == "state":
+        raise harness.RunError(f"π0 in state mode has nothing to see or to read: it starts with {harness.command('sft')}")
+    if args.image_size % args.patch_size:
+        raise harness.RunError(f"--image-size {args.image_size} must be a multiple of --patch-size {args.patch_size}")
+
+
+def main(args: Args) -> None:
+    check(args)
+    device = harness.set_up(args)
+    rgb = args.obs_mode == "rgb"
+    Policy, Config = policies.checkpoint.TYPES[args.policy]
+    reads = getattr(Config, "discrete_state", False)  # whether its state is text in the prompt
+
+    # Scenes: pictures and the positions in them. State mode has none, and needs the task for the length of its state alone.
+    path = args.dataset or f"demos/{harness.task_name(args)}-scenes-{args.image_size}px-{args.episodes}-noise{args.noise}.h5"
+    if rgb and (args.dataset or os.path.exists(path)):
+        data = demos.read(path, env_id=args.env_id, obs_mode="rgb")
+    else:
+        venv = harness.make_envs(args, num_envs=envs.num_cores() if rgb else 1, image_size=args.image_size, backend="cpu")
+        instruction, state_dim = venv.instruction, venv.single_observation_space["state"].shape[0]
+        if rgb:  # seeds of their own: few-shot demonstrations come from other episodes
+            data = demos.collect(path, venv, args.episodes, noise=args.noise, first_seed=envs.TRAIN_SEEDS + 100_000_000)
+        venv.close()
+    if rgb:
+        instruction, state_dim = data.attrs["instruction"], data.state.shape[1]
+        if len(data.start) < 2 or not data.objects.size:
+            raise harness.RunError(f"{path} holds {len(data.start)} episodes with {data.objects.shape[1]} movable objects: one to "
+                                   "locate is needed, and two episodes, one of which is held out")
+        positions = data.objects.reshape(len(data.objects), -1)  # (N, 3 · objects), m
+        scale = policies.NormStats.from_data(positions)
+        located = torch.from_numpy((positions - scale.mean) / scale.std).float()
+        held_out = int(data.start[-max(1, len(data.start) // 20)])  # first row of the held-out episodes
+        test = torch.arange(held_out, len(located))[:: max(1, (len(located) - held_out) // 512)]
+    else:
+        located, held_out, test = torch.zeros(1, 0), 1, torch.zeros(512, dtype=torch.long)  # one scene, with nothing in it
+
+    # Policy: π0 tells everything at each position of its chunk, π0.5, which has more to tell, takes as many positions as that needs
+    numbers = state_dim if reads else 0
+    count = numbers + located.shape[1]
+    A = Config.tiny().action_dim
+    room = dict(horizon=math.ceil(count / A)) if reads else dict(action_dim=max(A, count))
+    config = Config.tiny(
+        image_size=args.image_size, patch_size=args.patch_size, num_cameras=data.image.shape[1] if rgb else 0, state_dim=state_dim,
+        **room,
+    )
+    copies = 1 if reads else config.horizon
+    policy = Policy(config).to(device)
+    statistics = policies.NormStats.identity(state_dim), policies.NormStats.identity(config.action_dim)
+    policy.processor = policies.Processor(config, policies.Tokenizer(), *statistics, device)
+
+    def tell(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is told of scenes `rows` (b,) and random numbers in their prompts (b, copies, count); the truth (b, 1, count)."""
+        drawn = 2.2 * torch.rand(len(rows), numbers) - 1.1  # states leave the range of the demonstrations: bins -1 and 255
+        obs = {"state": F.pad(drawn, (0, state_dim - numbers)).numpy()} | ({"image": data.image[rows.numpy()]} if rgb else {})
+        *inputs, state = policy.processor(obs, [instruction] * len(rows))
+        x_t = torch.zeros(len(rows), config.horizon, config.action_dim, device=device)
+        chunk = -policy.velocity(policy.encode_prefix(*inputs), torch.zeros_like(state), x_t, torch.ones(len(rows), device=device))
+        return chunk.reshape(len(rows), copies, -1)[..., :count], torch.cat((drawn, located[rows]), dim=1)[:, None].to(device)
+
+    def report() -> dict[str, float]:
+        """Errors on held-out scenes: median of the numbers, whose range is [-1.1, 1.1], and of the positions, mm."""
+        with torch.no_grad():
+            error = torch.cat([told - truth for told, truth in map(tell, test.split(128))])[:, 0].cpu()  # (n, count)
+        found = {}
+        if reads:
+            found["number_error"] = error[:, :numbers].abs().median().item()
+        if rgb:
+            distance = (error[:, numbers:] * torch.from_numpy(scale.std)).unflatten(1, (-1, 3)).norm(dim=-1)
+            found["held_out_mm"] = 1000 * distance.median().item()
+        return found
+
+    steps = args.steps or (3000 if reads else max(1, int(3.5 * held_out / args.batch_size)))
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, weight_decay=1e-4)
+    warmup = max(1, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min((i + 1) / warmup, 0.5 * (1 + np.cos(np.pi * min(1, i / steps))))
+    )
+    start = time.time()
+    with tqdm(range(steps), desc="pre-training") as bar:
+        for step in bar:
+            told, truth = tell(torch.randint(held_out, (args.batch_size,)))
+            loss = (told - truth).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            if (step + 1) % 200 == 0 or step == steps - 1:
+                found = report()
+                bar.set_postfix(loss=f"{loss.item():.4f}", **{name: f"{value:.3f}" for name, value in found.items()})
+                made = dict(steps=step + 1) | (dict(episodes=len(data.start)) if rgb else {}) | found
+                policy.meta = dict(env_id=args.env_id, obs_mode=args.obs_mode, pretraining=made)
+                policies.save(policy, args.output)
+    print(f"{steps} steps, {(time.time() - start) / 60:.1f} min: held-out errors (median) {found}")
+    print(f"checkpoint {args.output}")
+
+
+if __name__ == "__main__":
+    with harness.one_line_errors():
+        main(harness.parse(Args, __doc__))
