@@ -95,6 +95,9 @@ EQUAL = ("checkpoint", "iterations", "max_minutes", "num_envs", "rollout_epochs"
          "eval_episodes", "final_eval_episodes", "eval_seed")
 """Arguments that have to be the same for a comparison on equal terms; the report names those that are not."""
 
+CHECKPOINT = "checkpoints/last/training.json"
+"""Of a run's folder: how far it has come."""
+
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's, told apart by everyone
 STYLES = [dict(color=colour, linestyle=line) for line in ("-", "--") for colour in COLOURS]  # of lines, until they repeat
 BEGIN, END = "<!-- results: written by benchmarks/compare.py -->", "<!-- end of results -->"
@@ -234,14 +237,14 @@ def interrupted(job: Job) -> dict | None:
         return None
     state = read(job.state)
     folder = ROOT / state["run"]
-    if state["command"] != job.command or not (folder / "training.json").exists():
+    if state["command"] != job.command or not (folder / CHECKPOINT).exists():
         return None
     return {"args": read(folder / "args.json")} | state  # resuming writes its own time limit to args.json
 
 
 def resume_arguments(job: Job, state: dict) -> list[str]:
     """Arguments that go on with a run, for the rest of its iterations and minutes."""
-    args, trained_s = state["args"], read(ROOT / state["run"] / "training.json")["progress"]["trained_s"]
+    args, trained_s = state["args"], read(ROOT / state["run"] / CHECKPOINT)["progress"]["trained_s"]
     limit = args["max_minutes"]
     minutes = f"{max(0.01, limit - trained_s / 60):.2f}" if limit else "0"
     return [program(job.algorithm).split()[0], "--resume", state["run"], "--iterations", str(args["iterations"]),

@@ -120,6 +120,10 @@ class RLArgs(TrainArgs):
     """first seed of the evaluation episodes; choose settings on others (envs.TUNING_SEED) than those you report on"""
     save_every: Count = 10
     """iterations between checkpoints"""
+    save_minutes: Positive = 10.0
+    """minutes after which a checkpoint is written in any case"""
+    keep: Count = 2
+    """checkpoints to keep, the newest ones: where the last is damaged, --resume goes back to the one before"""
 
 
 A = TypeVar("A")

@@ -143,7 +143,7 @@ class Run:
             self.folder = new_folder(self.folder)
         write_json(self.folder / "args.json", asdict(args) | {"resume": None})
         self.writer = open_logs(self.folder, args, purge_step=self.iteration + 1 if self.curve else None)
-        self._saved_at = time.time()
+        self._saved, self._saved_at = None, time.time()
         if not self.curve:
             print(f"before: {self.evaluate('before')}")
             self.save()
@@ -213,7 +213,8 @@ class Run:
             self.writer.close()
             sys.exit(f"stopped by {self._stopped} after iteration {self.iteration}; go on with --resume {self.folder}")
         policy, *others = self.trained
-        self.save()
+        if self._saved != self.iteration:  # the time was up
+            self.save()
         result = self.evaluate("after")
         more = {name: self.success_rate(self.trained[name], args.final_eval_episodes, f"evaluation of {name}") for name in others}
         for name, evaluation in more.items():
@@ -267,11 +268,11 @@ class Run:
         """Write all that --resume needs, and the curve's picture."""
         args = self.args
         made = {"iteration": self.iteration, "env_steps": self.env_steps, "seed": args.seed}
-        for name, policy in self.trained.items():
+        for policy in self.trained.values():
             policy.meta = policy.meta | {"execute": self.execute, "num_steps": args.num_steps, self.algorithm: made}
         progress = dict(iteration=self.iteration, env_steps=self.env_steps, trained_s=self.trained_s, curve=self.curve)
         checkpoints.save(self.folder, self.trained, self.optimizer, self.rng, progress, self.unsaved, args.keep)
-        self._saved_at = time.time()
+        self._saved, self._saved_at = self.iteration, time.time()
         plot_curve(self.curve, self.folder / "curve.png", f"{args.env_id} ({args.obs_mode}), seed {args.seed}")
 
     def _stop(self, number: int, frame: Any) -> None:

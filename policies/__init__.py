@@ -5,7 +5,7 @@ prefix = policy.encode_prefix(images, image_mask, tokens, token_mask)
 actions = policy.processor.unnormalize_actions(policy.sample(prefix, state))
 """
 
-from pi_stepnft.policies.checkpoint import bundled, load, load_training, save, save_training
+from pi_stepnft.policies.checkpoint import bundled, load, save
 from pi_stepnft.policies.export import export
 from pi_stepnft.policies.lora import add_lora
 from pi_stepnft.policies.pi0 import Inputs, Pi0, Pi0Config, Prefix
@@ -15,5 +15,5 @@ from pi_stepnft.policies.weights import CheckpointError, load_weights, read_json
 
 __all__ = [
     "CheckpointError", "Inputs", "NormStats", "Pi0", "Pi05", "Pi05Config", "Pi0Config", "Prefix", "Processor", "Tokenizer",
-    "add_lora", "bundled", "export", "load", "load_training", "load_weights", "read_json", "save", "save_training",
+    "add_lora", "bundled", "export", "load", "load_weights", "read_json", "save",
 ]  # fmt: skip

@@ -10,10 +10,9 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from pi_stepnft.policies import layouts, lora
@@ -245,68 +244,3 @@ def read_config(folder: Path) -> layouts.Description:
         ) from None
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{folder}/config.json: {error}") from None
-
-
-# -------------------------------------------------------------------- progress of a training run
-
-
-def save_training(
-    folder: str | Path,
-    optimizer: torch.optim.Optimizer,
-    rng: np.random.Generator,
-    progress: dict,
-    trained: dict[str, list[Tensor]] | None = None,
-) -> None:
-    """Write what a run needs to go on, besides its policies: `training.safetensors` and `training.json`.
-
-    Holds the optimizer's tensors, torch's and `rng`'s states, `progress`, a dictionary of plain JSON values, and `trained`, named
-    lists of tensors that no checkpoint holds: a LoRA run's adapters, which its policies have merged into their weights.
-    Both files are written beside their targets first and then renamed. Raises CheckpointError if that fails.
-    """
-    folder = Path(folder)
-    tensors = {"torch_rng": torch.get_rng_state()}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": value.detach().cpu().contiguous() for name, value in state.items()}
-    for name, values in (trained or {}).items():
-        tensors |= {f"trained.{name}.{index}": value.detach().cpu().contiguous() for index, value in enumerate(values)}
-    text = json.dumps({"numpy_rng": rng.bit_generator.state, "progress": progress}, indent=2)
-    temporary = folder / ".training.safetensors.tmp", folder / ".training.json.tmp"
-    try:
-        save_file(tensors, temporary[0])
-        temporary[1].write_text(text)
-        os.replace(temporary[0], folder / "training.safetensors")
-        os.replace(temporary[1], folder / "training.json")
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"training state not saved to {folder}: {error}; an older one there is unchanged") from None
-
-
-def load_training(
-    folder: str | Path,
-    optimizer: torch.optim.Optimizer,
-    rng: np.random.Generator,
-    trained: dict[str, list[Tensor]] | None = None,
-) -> dict:
-    """Restore what `save_training` wrote into `optimizer`, `rng`, torch's generator and `trained`; returns `progress`.
-
-    Raises CheckpointError if a file is missing or does not fit the optimizer.
-    """
-    folder = Path(folder)
-    stored = read_json(folder / "training.json")
-    try:
-        tensors = load_file(folder / "training.safetensors")
-        torch.set_rng_state(tensors.pop("torch_rng"))
-        for name, targets in (trained or {}).items():
-            for index, target in enumerate(targets):
-                stored_value = tensors.pop(f"trained.{name}.{index}")
-                if stored_value.shape != target.shape:
-                    raise ValueError(f"{name} {index} has shape {tuple(stored_value.shape)} instead of {tuple(target.shape)}")
-                target.data.copy_(stored_value)
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            _, index, name = key.split(".")
-            state.setdefault(int(index), {})[name] = value
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-        rng.bit_generator.state = stored["numpy_rng"]
-        return stored["progress"]
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{folder} holds no training state to go on with: {error}") from None

@@ -48,7 +48,8 @@ if given["seed"] == 2:
 run.mkdir(parents=True, exist_ok=True)
 (run / "args.json").write_text(json.dumps(given | {"max_minutes": args.max_minutes}))
 try:
-    (run / "training.json").write_text(json.dumps({"progress": {"trained_s": 360.0}}))
+    (run / "checkpoints" / "last").mkdir(parents=True, exist_ok=True)
+    (run / "checkpoints" / "last" / "training.json").write_text(json.dumps({"progress": {"trained_s": 360.0}}))
     time.sleep(60 * args.wait)
 except KeyboardInterrupt:
     (run / "stopped").touch()
@@ -214,7 +215,7 @@ def interrupt(job: compare.Job, monkeypatch) -> Path:
     """Start a job and interrupt it once it has a checkpoint; returns its run folder."""
 
     def sleep(seconds):
-        if list(compare.ROOT.glob("runs/fake-*/training.json")):
+        if list(compare.ROOT.glob("runs/fake-*/checkpoints/last/training.json")):
             raise KeyboardInterrupt
         time.sleep(seconds)
 
@@ -308,7 +309,7 @@ def test_the_program(root):
                                                            "/runs/compare/fake-Task-v1-state-2.log:\n")  # fmt: skip
     assert "| fake | 3 |" in (root / "docs" / "comparison.md").read_text()
     waiting = subprocess.Popen([*call[:-2], "4", "--extra=--wait"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while not list(root.glob("runs/fake-Task-v1-state-4-*/training.json")):
+    while not list(root.glob("runs/fake-Task-v1-state-4-*/checkpoints/last/training.json")):
         assert waiting.poll() is None
         time.sleep(0.1)
     waiting.send_signal(signal.SIGTERM)

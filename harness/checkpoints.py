@@ -1,0 +1,176 @@
+"""Checkpoints of a run: each is whole or not there, and says what it holds.
+
+    runs/<name>/checkpoints/000020/             policy/, …, training.safetensors, training.json, manifest.json
+    runs/<name>/checkpoints/last -> 000020      renamed when all else is on the disk
+    runs/<name>/policy -> checkpoints/last/policy
+
+A checkpoint is written to a folder of another name, flushed to the disk with its digests, and renamed; only then the pointer moves,
+and older checkpoints go. So a run that is killed, or finds the disk full, at whatever moment, has the checkpoint before or the new
+one. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from pi_stepnft import policies
+from pi_stepnft.policies import CheckpointError
+
+FOLDER, POINTER, MANIFEST = "checkpoints", "last", "manifest.json"
+
+
+def save(
+    folder: Path,
+    trained: dict[str, policies.Pi0],
+    optimizer: torch.optim.Optimizer,
+    rng: np.random.Generator,
+    progress: dict,
+    unsaved: dict[str, list[torch.Tensor]],
+    keep: int = 2,
+) -> None:
+    """Write a checkpoint of the run in `folder` and remove all but the newest `keep`.
+
+    trained: policies by name; optimizer and rng: whose states, and those of torch's generators, go with them; progress: plain JSON,
+    with "iteration"; unsaved: named lists of tensors that no policy's checkpoint holds, such as a LoRA run's adapters.
+    Raises CheckpointError, and leaves the checkpoints that are there, if it cannot be written or a weight is not finite.
+    """
+    parent = folder / FOLDER
+    name = f"{progress['iteration']:06d}"
+    while (parent / name).exists():  # saved once more, with an evaluation
+        name += "+"
+    part = parent / f".{name}.part"
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        for title, policy in trained.items():
+            policies.save(policy, part / title)
+        save_file(_tensors(optimizer, unsaved), part / "training.safetensors")
+        state = {"numpy_rng": rng.bit_generator.state, "progress": progress}
+        (part / "training.json").write_text(json.dumps(state, indent=2))
+        files = sorted(path for path in part.rglob("*") if path.is_file())
+        digests = {path.relative_to(part).as_posix(): digest(path) for path in files}
+        (part / MANIFEST).write_text(json.dumps({"iteration": progress["iteration"], "sha256": digests}, indent=2))
+        for path in [*part.rglob("*"), part]:
+            flush(path)
+        os.rename(part, parent / name)
+        flush(parent)
+        link(parent / POINTER, name)
+        for title in trained:
+            link(folder / title, f"{FOLDER}/{POINTER}/{title}")
+        flush(folder)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(part, ignore_errors=True)
+        raise CheckpointError(f"checkpoint {name} not saved to {parent}: {error}; the one before it is intact") from None
+    for old in [*_all(parent)[keep:], *parent.glob(".*.part")]:
+        removed = old if old.name.startswith(".") else old.with_name(f".{old.name}.part")
+        with contextlib.suppress(OSError):  # what cannot be removed costs room only
+            os.rename(old, removed)
+            shutil.rmtree(removed, ignore_errors=True)
+
+
+def newest(folder: Path) -> Path:
+    """The newest whole checkpoint of the run in `folder`. Damaged ones are passed over, with a line for each.
+
+    Raises CheckpointError where there is none.
+    """
+    parent, damage = folder / FOLDER, "there is none"
+    for path in _all(parent):
+        damage = _damage(path)
+        if damage is None:
+            return path
+        print(f"{path} is damaged ({damage}): going back to the checkpoint before it")
+    raise CheckpointError(f"{folder} holds no checkpoint to go on with: {damage}")
+
+
+def restore(
+    path: Path, optimizer: torch.optim.Optimizer, rng: np.random.Generator, unsaved: dict[str, list[torch.Tensor]]
+) -> dict:
+    """Give optimizer, rng, torch's generators and the `unsaved` tensors the states of a checkpoint; returns its progress.
+
+    The policies are loaded by `policies.load`. Raises CheckpointError where the checkpoint is that of another training.
+    """
+    stored = policies.read_json(path / "training.json")
+    try:
+        tensors = load_file(path / "training.safetensors")
+        torch.set_rng_state(tensors.pop("torch_rng"))
+        if (cuda := tensors.pop("cuda_rng", None)) is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(cuda)
+        for title, targets in unsaved.items():
+            for index, target in enumerate(targets):
+                value = tensors.pop(f"trained.{title}.{index}")
+                if value.shape != target.shape:
+                    raise ValueError(f"{title} {index} has shape {tuple(value.shape)} instead of {tuple(target.shape)}")
+                target.data.copy_(value)
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for key, value in tensors.items():
+            _, index, kind = key.split(".")
+            state.setdefault(int(index), {})[kind] = value
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        rng.bit_generator.state = stored["numpy_rng"]
+        return stored["progress"]
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} holds no training state to go on with: {error}") from None
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    total = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            total.update(block)
+    return total.hexdigest()
+
+
+def flush(path: Path) -> None:
+    """What a file or folder holds is on the disk when this returns."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def link(path: Path, target: str) -> None:
+    """A symbolic link at `path`, in place of an older one at once."""
+    temporary = path.with_name(f".{path.name}.link")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    os.replace(temporary, path)
+
+
+def _tensors(optimizer: torch.optim.Optimizer, unsaved: dict[str, list[torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The tensors of a training, on the CPU, under the names that `restore` knows."""
+    tensors = {"torch_rng": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["cuda_rng"] = torch.cuda.get_rng_state()
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{kind}": value.detach().cpu().contiguous() for kind, value in state.items()}
+    for title, values in unsaved.items():
+        tensors |= {f"trained.{title}.{index}": value.detach().cpu().contiguous() for index, value in enumerate(values)}
+    return tensors
+
+
+def _all(parent: Path) -> list[Path]:
+    """A run's checkpoints, the newest first."""
+    return sorted((path for path in parent.glob("[0-9]*") if path.is_dir()), reverse=True) if parent.is_dir() else []
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files, in a few words; None where they are as they were written."""
+    try:
+        files = json.loads((path / MANIFEST).read_text())["sha256"]
+        changed = [name for name, known in files.items() if digest(path / name) != known]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return str(error) or type(error).__name__
+    return f"{', '.join(changed)} changed since it was written" if changed else None
