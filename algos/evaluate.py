@@ -30,7 +30,7 @@ from tqdm import tqdm
 from pi_stepnft import envs, policies
 from pi_stepnft.envs.libero import env as libero
 from pi_stepnft.envs.maniskill import ood
-from pi_stepnft.harness import films, report
+from pi_stepnft.harness import charts, films, report
 from pi_stepnft.harness.evaluation import Evaluation, evaluate
 from pi_stepnft.harness.statistics import over_seeds, summarise
 
@@ -201,7 +201,7 @@ def choose_films(
     env_id: str, family: str, results: dict[str, Evaluation], episodes: int, best_of: int
 ) -> list[tuple[str, str, list[tuple[str, str, list[int]]]]]:
     """The films of an environment: title, caption, and rows of a title, a checkpoint's label and the numbers of its episodes."""
-    where = "In distribution" if family == "id" else f"{family.capitalize()}: {report.environment_name(env_id)}"
+    where = "In distribution" if family == "id" else f"{family.capitalize()}: {report.environment_name(env_id, family)}"
     chosen = []
     if episodes:
         number = "episode" if episodes == 1 else f"{episodes} episodes"
@@ -386,7 +386,7 @@ if __name__ == "__main__":
                         told = [actions[i, : result.steps[i]] for i in numbers]
                         again = (venv, result.seeds[numbers], told, result.success[numbers])
                         tiles = films.replay(*again, progress=f"video of {name}")
-                        replayed.append((text, report.rgb(colours[label]), tiles))
+                        replayed.append((text, charts.rgb(colours[label]), tiles))
                     films.write(film.path, venv.instruction, replayed)
                 shown.append(film)
             if venv:

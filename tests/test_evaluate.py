@@ -8,6 +8,7 @@ import shutil
 from fractions import Fraction
 from pathlib import Path
 from unittest import mock
+from xml.etree import ElementTree
 
 import chromium
 import imageio.v3 as iio
@@ -20,7 +21,7 @@ from test_main import checkpoints, one_thread, only_run, refusal, run  # noqa: F
 from pi_stepnft import envs
 from pi_stepnft.algos import evaluate
 from pi_stepnft.envs.maniskill import ood
-from pi_stepnft.harness import evaluation, films, report
+from pi_stepnft.harness import charts, evaluation, films, report
 from pi_stepnft.harness.evaluation import Evaluation
 from pi_stepnft.harness.statistics import compare, over_seeds, rate_interval, summarise, wilson
 
@@ -287,6 +288,16 @@ def test_the_page_needs_nothing_else_and_believes_no_label(tmp_path):
     assert "Learning curves" in page and "Learning curves" not in report.html(made_up_results(), {}, [])
 
 
+def test_charts_of_a_page_are_the_same_every_time_and_keep_to_themselves():
+    label = 'a" id="b" $x^2$ <b>'
+    draw = lambda: charts.bars([(label, [charts.Bar(label, 0, 0.5, (0.4, 0.6), "50.0"), charts.Bar("B", 1, 0.0, None, "0.0")])])
+    chart = draw() + charts.curves([(label, 0, [dict(env_steps=n, success=0.5, episodes=8) for n in (0, 1000)])])
+    assert draw() in chart and "http" not in chart and "url(" not in chart and "#" not in chart  # neither ids nor fixed colours
+    root = ElementTree.fromstring(f"<page>{chart}</page>")
+    assert not any("id" in element.attrib for element in root.iter())
+    assert label in [text.text for text in root.iter("text")] and [t.text for t in root.iter("title")] == [label, "B", label]
+
+
 def test_a_report_takes_seeds_of_an_algorithm_together():
     def grouped(labels: tuple[str, ...], groups: str) -> dict:
         results = made_up_results(labels)
@@ -301,7 +312,7 @@ def test_a_report_takes_seeds_of_an_algorithm_together():
     text, page = report.markdown(results), report.html(results, {}, [])
     assert text.index("| A − S |") < text.index(mean) < text.index("### Each checkpoint") < text.index("A 2 − SFT")
     assert "Means over trainings, A (2)" in text and mean.split()[0] in page and "Each checkpoint" in page
-    assert report.swatch(1) + "A 2" in page and report.swatch(2) not in page  # one colour for the seeds of an algorithm
+    assert 'var(--c1)"></span>A 2' in page and "var(--c2)" not in page  # one colour for the seeds of an algorithm
     text = report.markdown(grouped(("A 1", "A 2", "SFT"), "AAS"))
     assert "SFT − A 1" not in text and "| S − A |" in text  # one training is no baseline
 
@@ -465,21 +476,25 @@ def test_the_report_in_a_browser(evaluated):
     """Opened as a file: no error, the charts in their places, light and dark, on a phone too, and a film that plays."""
     _, output, _ = evaluated
     with chromium.Page() as page:
-        widths, backgrounds = [], []
+        widths, backgrounds, paints, heights = [], [], [], []
         for width, scheme in ((1200, "light"), (390, "dark")):
             page.look(width, 844, scheme, mobile=width < 500)
             page.open(output / "report.html")
             widths.append(page.evaluate("document.documentElement.scrollWidth") - width)
             backgrounds.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+            paints.append(page.evaluate("getComputedStyle(document.querySelector('.bar path')).fill"))
+            heights += page.evaluate("[...document.querySelectorAll('svg text')].map(text => text.getBoundingClientRect().height)")
             chart = "document.querySelector('svg.chart')"
-            bars = page.evaluate(f"[...{chart}.querySelectorAll('rect')].map(bar => bar.getBoundingClientRect().width)")
-            whole = page.evaluate(f"{chart}.getBoundingClientRect().width")
+            bars = page.evaluate(f"[...{chart}.querySelectorAll('.bar')].map(bar => bar.getBoundingClientRect().width)")
+            whole = page.evaluate(f"{chart}.querySelector('.plot').getBoundingClientRect().width")
             results = json.loads((output / "results.json").read_text())
             rates = [row["policies"][label]["success"] for row in report.headline(results["rows"]) for label in ("SFT", "StepNFT")]
             assert bars == pytest.approx([rate * whole for rate in rates], abs=1)
         assert widths == [0, 0]  # nothing sticks out
         assert backgrounds == ["rgb(255, 255, 255)", "rgb(21, 24, 27)"]
-        assert page.evaluate("document.querySelectorAll('polyline').length") == 1
+        assert paints == ["rgb(0, 114, 178)", "rgb(61, 155, 216)"]
+        assert min(heights) > 10 and max(heights) < 25  # legible, on a phone too
+        assert page.evaluate("document.querySelectorAll('.curve').length") == 1
         for number in range(page.evaluate("document.querySelectorAll('video').length")):
             played = page.evaluate(f"""(async () => {{
                 const video = document.querySelectorAll('video')[{number}]
