@@ -1,0 +1,260 @@
+# Docs: docs/nft.md. RL without critic or likelihood: python algos/nft.py --env-id PickCube-v1 (π0.5: --policy pi05)
+"""DiffusionNFT (arXiv 2509.16117v2) for π0 and π0.5: ODE rollouts, flow matching at fresh noise on the executed chunks, by an
+implicit positive and an implicit negative policy weighted by success, a slowly moving rollout policy."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a file of a checkout runs that checkout's code
+import pi_stepnft  # noqa: F401
+
+sys.path.pop(0)
+
+import numpy as np
+import torch
+
+from pi_stepnft import envs, harness
+from pi_stepnft.harness import Count, CountOrZero, Positive, Share
+from pi_stepnft.policies.pi0 import sample_time
+
+
+@dataclass
+class Args(harness.RLArgs):
+    policy: Literal["pi0", "pi05"] | None = None
+    """bundled policy to start from, by default pi0; with --checkpoint that says which it is"""
+
+    # rollout
+    group_size: Count = 16
+    """episodes from one initial state (authors: 24 pictures per prompt; label group needs more than 1)"""
+
+    # what is learned from
+    labels: Literal["binary", "group"] = "group"
+    """optimality r of a chunk. binary: 1 after success, 0 after failure; group: success relative to the episodes from the same
+    initial state (the paper)"""
+
+    # update
+    update_epochs: Count = 1
+    """passes over each iteration's chunks, each at fresh noise and times"""
+    learning_rate: Positive = 3e-5
+    """Adam's"""
+    draws: Count = 4
+    """noise/time draws per chunk and pass: they share its prefix and cost little"""
+    beta: Positive = 1.0
+    """β, how far the implicit policies v_old ± β·(v_θ − v_old) lie apart (authors: 1, or 0.1)"""
+    times: Literal["flow", "solver"] = "flow"
+    """t of the loss: flow: drawn as in the policy's own training; solver: those of the K solver steps, the only ones at which a
+    rollout asks for a velocity (the authors' code)"""
+    weighting: Literal["none", "adaptive"] = "adaptive"
+    """none: squared errors of the velocity; adaptive: of the chunk it leads to, divided by their mean size (authors' code)"""
+    ema_start: Share = 0.1
+    """α of θ_old ← α·θ_old + (1 − α)·θ at the first iteration (authors: 0)"""
+    ema_end: Share = 0.5
+    """α at the end of its schedule (authors: 0.5, or 0.999)"""
+    ema_horizon: CountOrZero = 60
+    """iterations of α's cosine schedule (authors: linear, α = min(0.001·i, 0.5))"""
+
+
+def check(args: Args) -> None:
+    """Raise RunError, in one line, for arguments that do not go together."""
+    if args.labels != "binary" and args.group_size < 2:
+        raise harness.RunError(f"--labels {args.labels} compares episodes from one initial state: give --group-size of at least 2")
+
+
+# ------------------------------------------------------------------------------------------------------------ the method
+
+
+class Chunks(NamedTuple):
+    """What is remembered of action chunks; every field has a row for each of them."""
+
+    state: torch.Tensor  # (M, S) normalised
+    x_0: torch.Tensor  # (M, H, A) the chunk itself
+    episode: torch.Tensor  # (M,) which of the iteration's episodes it belongs to
+    turn: torch.Tensor  # (M,) how many chunks that episode had before it
+
+
+def nft_loss(
+    v_theta: torch.Tensor,
+    v_old: torch.Tensor,
+    target_v: torch.Tensor,
+    r: torch.Tensor,
+    *,
+    beta: float = 1.0,
+    t: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Paper, Eq. 5: flow matching by two implicit policies, v± = v_old ± β·(v_θ − v_old), on what succeeded and what failed.
+
+    v_theta, v_old, target_v: (B, H, A), velocities at points x_t = (1 − t)·x_0 + t·ε and where they should lead, v = ε − x_0;
+    optimality r: (B,) in [0, 1], 1 after success. mask: (H, A) bool, entries that count; None counts all.
+    t: (B,) the points' times, for the adaptive weighting of §3.3: errors t·(v± − v), which are those of the chunk that the
+    straight path from x_t ends in, divided by their mean magnitude in the sample. None: errors of the velocity as they are.
+
+        loss = r·‖v⁺ − v‖² + (1 − r)·‖v⁻ − v‖²
+
+    At θ = θ_old its gradient is (2r − 1)·β times that of flow matching: towards the executed chunk after success, away from it
+    after failure. Returns the scalar loss, a mean over samples and entries, and metrics: positive, negative (the two errors),
+    drift (mean ‖v_θ − v_old‖ per position).
+    """
+    weight = torch.ones_like(v_old) if mask is None else mask.to(v_old).expand_as(v_old)
+    count = weight.sum((1, 2))  # (B,)
+    dv = v_theta - v_old
+    errors = []
+    for sign in (1, -1):
+        error = v_old + sign * beta * dv - target_v
+        value = (weight * error.square()).sum((1, 2)) / count  # (B,)
+        if t is not None:  # t²·value over the mean of t·|error|
+            value = t * value / ((weight * error.detach().abs()).sum((1, 2)) / count).clamp(min=1e-5)
+        errors.append(value)
+    positive, negative = errors
+    loss = (r * positive + (1 - r) * negative).mean()
+    with torch.no_grad():
+        positions = weight.amax(-1)  # (B, H)
+        metrics = dict(
+            positive=positive.mean(),
+            negative=negative.mean(),
+            drift=((dv * weight).norm(dim=-1) * positions).sum() / positions.sum(),
+        )
+    return loss, metrics
+
+
+def chunk_optimality(
+    success: np.ndarray, group: np.ndarray, episode: np.ndarray, turn: np.ndarray, kind: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Paper, §3.3: optimality r in [0, 1] of M chunks, and which of them carry signal (M,) bool.
+
+    success, group: (E,) outcome and initial state of each episode; episode, turn: (M,) which episode a chunk belongs to, and how
+    many chunks came before it there. "binary": the episode's success. "group": success compared with the share p of success among
+    the episodes from the same initial state that were still running at this turn, r = ½ + ½·(success − p) / max(p, 1 − p), whose
+    mean is ½. Where all of them succeed, or none does, the outcome tells nothing about the actions, and the chunks are dropped.
+    """
+    y = success[episode].astype(float)  # (M,)
+    if kind == "binary":
+        return y, np.ones(len(y), bool)
+    _, peers = np.unique(np.stack([group[episode], turn]), axis=1, return_inverse=True)  # (M,)
+    p = (np.bincount(peers, weights=y) / np.bincount(peers))[peers]
+    return 0.5 + 0.5 * (y - p) / np.maximum(p, 1 - p), (p > 0) & (p < 1)
+
+
+def ema_decay(iteration: int, start: float, end: float, horizon: int) -> float:
+    """α of θ_old ← α·θ_old + (1 − α)·θ: a cosine from `start` to `end` over `horizon` iterations."""
+    return end + (start - end) * 0.5 * (1 + np.cos(np.pi * min(1.0, iteration / max(1, horizon))))
+
+
+@torch.no_grad()
+def update_rollout_policy(rollout_parameters, parameters, decay: float) -> None:
+    """Paper, §3.3: θ_old ← α·θ_old + (1 − α)·θ."""
+    for old, new in zip(rollout_parameters, parameters, strict=True):
+        old.lerp_(new, 1 - decay)
+
+
+# ------------------------------------------------------------------------------------------------------------- the program
+
+
+def main(args: Args) -> None:
+    check(args)
+    run = harness.Run("nft", args)
+    args, device, K = run.args, run.device, run.args.num_steps
+
+    # Policy θ and rollout policy θ_old, which share what is frozen
+    policy = run.load_policy()
+    rollout_policy = copy.deepcopy(policy, {id(p): p for p in policy.parameters() if not p.requires_grad})
+    parameters, rollout_parameters = ([p for p in w.parameters() if p.requires_grad] for w in (policy, rollout_policy))
+    fused = device.type == "cuda"  # no temporary copies
+    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, betas=(0.9, 0.95), eps=1e-5, fused=fused)  # as StepNFT's
+    if args.compile:
+        policy.velocity, rollout_policy.velocity = torch.compile(policy.velocity), torch.compile(rollout_policy.velocity)
+    venv = run.make_envs(policy)
+    B = args.num_envs
+    run.begin(dict(policy=policy, rollout_policy=rollout_policy), optimizer)
+
+    for iteration in run.iterations():
+        # ---------------------------------------------------------------------- rollout: act with θ_old by the ODE, remember chunks
+        batches, prefixes, success, lost, group = [], run.prefixes(), [], [], []
+        rollout_policy.eval()
+        with torch.inference_mode():
+            for epoch in range(args.rollout_epochs):
+                seeds = run.rng.integers(envs.TRAIN_SEEDS, size=B // args.group_size).repeat(args.group_size)
+                obs, _ = venv.reset(seed=seeds)
+                running, gone, turn = np.ones(B, bool), np.zeros(B, bool), 0
+                while running.any() and not 0 < args.rollout_steps <= turn * run.execute:
+                    index = np.flatnonzero(running)
+                    seen = {name: value[index] for name, value in obs.items()}
+                    *inputs, state = policy.processor(seen, [venv.instructions[i] for i in index])
+                    prefix = rollout_policy.encode_prefix(*inputs)
+                    x_0 = rollout_policy.sample(prefix, state, num_steps=K)
+                    prefixes.remember(inputs, prefix)
+                    episode = torch.from_numpy(epoch * B + index)
+                    batches.append(Chunks(state, x_0, episode, torch.full_like(episode, turn)))
+                    actions = np.zeros((B, run.execute, venv.action_dim), np.float32)
+                    actions[index] = policy.processor.unnormalize_actions(x_0[:, : run.execute], seen["state"]).cpu().numpy()
+                    obs, _, terminated, truncated, info = venv.step(actions)
+                    run.env_steps += int(info["steps"].sum())
+                    running &= ~(terminated | truncated)
+                    gone |= info["lost"]
+                    turn += 1
+                success.append(info["success"])
+                lost.append(gone)
+                group.append(epoch * B + np.arange(B) // args.group_size)
+        run.lap("rollout")
+
+        # ---------------------------------------------------------------------- optimality
+        chunks = Chunks(*map(torch.cat, zip(*batches)))
+        success, lost, group = np.concatenate(success), np.concatenate(lost), np.concatenate(group)  # (E,)
+        group[lost] = -1 - np.flatnonzero(lost)  # nobody is compared with a lost episode
+        episode, turn = chunks.episode.numpy(), chunks.turn.numpy()
+        optimality, keep = chunk_optimality(success, group, episode, turn, args.labels)
+        keep &= ~lost[episode]
+        used = torch.from_numpy(np.flatnonzero(keep)).to(device)  # (M,) chunks to learn from
+        optimality = torch.from_numpy(optimality).float().to(device)
+        M = len(used)
+
+        # ---------------------------------------------------------------------- update θ
+        policy.train()
+        losses = harness.Averages()
+        for parameter_group in optimizer.param_groups:
+            parameter_group["lr"] = args.learning_rate * min(1.0, (iteration + 1) / max(1, args.warmup_iterations))
+        for _ in range(args.update_epochs if M else 0):  # nothing to learn from where no group has contrast
+            noises = torch.randn(M, args.draws, *run.mask.shape, device=device)  # (M, n, H, A)
+            if args.times == "flow":
+                times = sample_time((M, args.draws), device)  # (M, n)
+            else:
+                times = torch.randint(1, K + 1, (M, args.draws), device=device) / K
+            for minibatch in torch.randperm(M, device=device).chunk(args.num_minibatches):
+                optimizer.zero_grad()
+                for mb in minibatch.split(args.micro_batch or M):  # the loss is a mean over chunks, so are the gradients
+                    row, noise, t = used[mb], noises[mb], times[mb]  # (b,), (b, n, H, A), (b, n): n draws share a prefix
+                    x_0, state, r = chunks.x_0[row, None], chunks.state[row], optimality[row, None]  # (b, 1, H, A), (b, S), (b, 1)
+                    x_t = (1 - t[..., None, None]) * x_0 + t[..., None, None] * noise  # the forward process
+                    prefix = prefixes.recall(policy, row)
+                    v_theta = policy.velocity(prefix, state, x_t, t).float()
+                    with torch.no_grad():  # a frozen VLM is θ_old's too
+                        old_prefix = prefix if args.train == "expert" else prefixes.recall(rollout_policy, row)
+                        v_old = rollout_policy.velocity(old_prefix, state, x_t, t).float()
+                    points = v_theta, v_old, noise - x_0, r.expand_as(t), t
+                    v_theta, v_old, target_v, r, t = (each.flatten(0, 1) for each in points)  # (b · n, …)
+                    adaptive = t if args.weighting == "adaptive" else None
+                    loss, metrics = nft_loss(v_theta, v_old, target_v, r, beta=args.beta, t=adaptive, mask=run.mask)
+                    share = len(mb) / len(minibatch)
+                    (share * loss).backward()
+                    losses.add({**metrics, "loss": loss.detach()}, share)
+                losses.add({"grad_norm": run.clip_gradient(parameters)})
+                optimizer.step()
+
+        # ---------------------------------------------------------------------- update θ_old
+        alpha = ema_decay(iteration, args.ema_start, args.ema_end, args.ema_horizon)
+        update_rollout_policy(rollout_parameters, parameters, alpha)
+
+        optimality_mean = optimality[used].mean().item() if M else 0.5
+        run.log(success, lost, losses, signal=keep.mean(), optimality_mean=optimality_mean, ema_decay=alpha)
+        run.evaluate_and_save_when_due()
+    run.finish(forward_passes=2 * args.draws)  # velocities of a chunk in one pass of the update: θ's, and θ_old's without gradient
+
+
+if __name__ == "__main__":
+    with harness.one_line_errors():
+        main(harness.parse(Args, __doc__))
