@@ -1,0 +1,224 @@
+# Docs: docs/rft.md. Filtered behaviour cloning: python algos/rft.py --env-id PickCube-v1 (π0.5: --policy pi05)
+"""Rejection fine-tuning (filtered behaviour cloning) for π0 and π0.5: flow matching on the action chunks of the policy's own
+successful episodes, and of no other. A resumed run begins with an empty replay."""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a file of a checkout runs that checkout's code
+import pi_stepnft  # noqa: F401
+
+sys.path.pop(0)
+
+import numpy as np
+import torch
+
+from pi_stepnft import envs, harness, policies
+from pi_stepnft.harness import Count, Positive, PositiveOrZero
+from pi_stepnft.policies.pi0 import sample_time
+
+
+@dataclass
+class Args(harness.RLArgs):
+    policy: Literal["pi0", "pi05"] | None = None
+    """bundled policy to start from, by default pi0; with --checkpoint that says which it is"""
+
+    # rollout
+    noise_level: PositiveOrZero = 0.5
+    """a of σ_t = a·sqrt(t / (1 − t)), exploration noise on every solver step; with 0, the ODE, what barely succeeds is cloned as if
+    it had a margin (docs/rft.md)"""
+    group_size: Count = 1
+    """episodes from one initial state (--contrast needs more than 1)"""
+
+    # what is learned from
+    contrast: bool = False
+    """learn only from initial states where an episode failed too: the others can already be solved"""
+    replay: Count = 40
+    """draw the chunks, as many as this iteration's successes have, from the successes of so many of the last iterations, whose
+    prefixes stay in memory: early ones hold the policy near its start. 1: this iteration's alone. --resume begins with none"""
+
+    # update
+    update_epochs: Count = 1
+    """passes over the chunks of an iteration's update, each at fresh noise and times"""
+    learning_rate: Positive = 3e-5
+    """Adam's"""
+    draws: Count = 4
+    """noise/time draws per chunk and pass: they share its prefix and cost little"""
+
+
+def check(args: Args) -> None:
+    """Raise RunError, in one line, for arguments that do not go together."""
+    if args.contrast and args.group_size < 2:
+        raise harness.RunError("--contrast compares episodes from one initial state: give --group-size of at least 2")
+
+
+# ------------------------------------------------------------------------------------------------------------ the method
+
+
+class Chunks(NamedTuple):
+    """What is remembered of action chunks; every field has a row for each of them."""
+
+    state: torch.Tensor  # (M, S) normalised
+    x_0: torch.Tensor  # (M, H, A) the chunk itself
+    episode: torch.Tensor  # (M,) which of the iteration's episodes it belongs to
+
+
+def flow_sde_step(
+    x_t: torch.Tensor, v: torch.Tensor, step: torch.Tensor, *, num_steps: int, noise_level: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """arXiv 2603.02083, Eq. 3: one Flow-SDE step x_next ~ N(μ(v), std²). The marginals are the flow ODE's.
+
+    x_t, v: (B, H, A); step i: (B,) int in [0, num_steps), time t_i = 1 − i/K (1 noise, 0 action). Returns μ (B, H, A) and
+    std (B, 1, 1). `noise_level` 0 gives the Euler step x_t − δ·v.
+    """
+    delta = 1.0 / num_steps
+    t = (1 - step * delta).view(-1, 1, 1)
+    # σ_t = a·sqrt(t / (1 − t)); at t = 1 the denominator is that of the next time, 1 − t_1 = δ
+    sigma = noise_level * (t / torch.where(step.view(-1, 1, 1) == 0, delta, 1 - t)).sqrt()
+    x0_hat = x_t - t * v  # the action end of the straight path
+    x1_hat = x_t + (1 - t) * v  # its noise end
+    mean = x0_hat * (1 - (t - delta)) + x1_hat * ((t - delta) - sigma**2 * delta / (2 * t))
+    return mean, sigma * delta**0.5
+
+
+def flow_sde_sample(
+    policy: policies.Pi0, prefix: policies.Prefix, state: torch.Tensor, *, num_steps: int, noise_level: float
+) -> torch.Tensor:
+    """Action chunks (B, H, A), sampled with noise on every solver step; by the ODE where noise_level is 0."""
+    B = len(state)
+    x = torch.randn(B, policy.config.horizon, policy.config.action_dim, device=state.device)
+    for i in range(num_steps):
+        step = torch.full((B,), i, device=x.device)
+        v = policy.velocity(prefix, state, x, 1 - step / num_steps).float()
+        mean, std = flow_sde_step(x, v, step, num_steps=num_steps, noise_level=noise_level)
+        x = mean + std * torch.randn_like(mean)
+    return x
+
+
+def rft_loss(
+    policy: policies.Pi0,
+    prefix: policies.Prefix,
+    state: torch.Tensor,
+    actions: torch.Tensor,
+    noise: torch.Tensor,
+    t: torch.Tensor,
+    *,
+    mask: torch.Tensor,
+) -> torch.Tensor:
+    """Flow matching (arXiv 2410.24164) on executed chunks a: mean (v_θ(x_t) − (ε − a))² at x_t = (1 − t)·a + t·ε.
+
+    actions a: (B, H, A); noise ε, time t: (B, n, H, A), (B, n), n draws per chunk, which share its prefix; mask: (H, A) bool,
+    entries that are executed: the others have no part in the success.
+    """
+    return policy.flow_loss(prefix, state, actions[:, None], noise, t)[..., mask].mean()
+
+
+def chunks_to_clone(success: np.ndarray, group: np.ndarray, episode: np.ndarray, contrast: bool) -> np.ndarray:
+    """Which of M chunks belong to a successful episode (M,) bool.
+
+    success, group: (E,) outcome and initial state of each episode; episode: (M,) which episode a chunk belongs to. contrast:
+    only where another episode from the same initial state failed.
+    """
+    _, which = np.unique(group, return_inverse=True)  # (E,)
+    p = (np.bincount(which, weights=success) / np.bincount(which))[which]  # share of success from the same initial state
+    return (success & (p < 1) if contrast else success)[episode]
+
+
+# ------------------------------------------------------------------------------------------------------------- the program
+
+
+def main(args: Args) -> None:
+    check(args)
+    run = harness.Run("rft", args)
+    args, device, K = run.args, run.device, run.args.num_steps
+
+    # Policy θ, which acts itself
+    policy = run.load_policy()
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    fused = device.type == "cuda"  # no temporary copies
+    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, betas=(0.9, 0.95), eps=1e-5, fused=fused)  # as StepNFT's
+    if args.compile:
+        policy.velocity = torch.compile(policy.velocity)
+    solver = dict(num_steps=K, noise_level=args.noise_level)
+    replay = deque(maxlen=args.replay)  # prefixes and chunks of the last iterations' successes
+    venv = run.make_envs(policy)
+    B = args.num_envs
+    run.begin(dict(policy=policy), optimizer)
+
+    for iteration in run.iterations():
+        # ---------------------------------------------------------------------- rollout: act with θ, remember chunks
+        batches, prefixes, success, lost, group = [], run.prefixes(), [], [], []
+        policy.eval()
+        with torch.inference_mode():
+            for epoch in range(args.rollout_epochs):
+                seeds = run.rng.integers(envs.TRAIN_SEEDS, size=B // args.group_size).repeat(args.group_size)
+                obs, _ = venv.reset(seed=seeds)
+                running, gone, turn = np.ones(B, bool), np.zeros(B, bool), 0
+                while running.any() and not 0 < args.rollout_steps <= turn * run.execute:
+                    index = np.flatnonzero(running)
+                    seen = {name: value[index] for name, value in obs.items()}
+                    *inputs, state = policy.processor(seen, [venv.instructions[i] for i in index])
+                    prefix = policy.encode_prefix(*inputs)
+                    x_0 = flow_sde_sample(policy, prefix, state, **solver)
+                    prefixes.remember(inputs, prefix)
+                    batches.append(Chunks(state, x_0, torch.from_numpy(epoch * B + index)))
+                    actions = np.zeros((B, run.execute, venv.action_dim), np.float32)
+                    actions[index] = policy.processor.unnormalize_actions(x_0[:, : run.execute], seen["state"]).cpu().numpy()
+                    obs, _, terminated, truncated, info = venv.step(actions)
+                    run.env_steps += int(info["steps"].sum())
+                    running &= ~(terminated | truncated)
+                    gone |= info["lost"]
+                    turn += 1
+                success.append(info["success"])
+                lost.append(gone)
+                group.append(epoch * B + np.arange(B) // args.group_size)
+        run.lap("rollout")
+
+        # ---------------------------------------------------------------------- keep what succeeded
+        chunks = Chunks(*map(torch.cat, zip(*batches)))
+        success, lost, group = np.concatenate(success), np.concatenate(lost), np.concatenate(group)  # (E,)
+        group[lost] = -1 - np.flatnonzero(lost)  # nobody is compared with a lost episode
+        keep = chunks_to_clone(success & ~lost, group, chunks.episode.numpy(), args.contrast)
+        used = torch.from_numpy(np.flatnonzero(keep)).to(device)  # (M,) chunks to learn from
+        M = len(used)
+        if args.replay > 1 and M:  # M of all that is kept
+            replay.append((prefixes[used], Chunks(*(each[used.to(each.device)] for each in chunks))))
+            prefixes = run.prefixes()
+            for prefix, _ in replay:
+                prefixes.append(prefix)
+            chunks = Chunks(*map(torch.cat, zip(*(kept for _, kept in replay))))
+            used = torch.randperm(len(chunks.state), device=device)[:M]
+
+        # ---------------------------------------------------------------------- update θ
+        policy.train()
+        losses = harness.Averages()
+        for parameter_group in optimizer.param_groups:
+            parameter_group["lr"] = args.learning_rate * min(1.0, (iteration + 1) / max(1, args.warmup_iterations))
+        for _ in range(args.update_epochs if M else 0):  # nothing to learn from where no episode succeeded
+            noises = torch.randn(M, args.draws, *run.mask.shape, device=device)  # (M, n, H, A)
+            times = sample_time((M, args.draws), device)  # (M, n) as in the policy's own training
+            for minibatch in torch.randperm(M, device=device).chunk(args.num_minibatches):
+                optimizer.zero_grad()
+                for mb in minibatch.split(args.micro_batch or M):  # the loss is a mean over chunks, so are the gradients
+                    row = used[mb]
+                    prefix = prefixes.recall(policy, row)
+                    loss = rft_loss(policy, prefix, chunks.state[row], chunks.x_0[row], noises[mb], times[mb], mask=run.mask)
+                    share = len(mb) / len(minibatch)
+                    (share * loss).backward()
+                    losses.add({"loss": loss.detach()}, share)
+                losses.add({"grad_norm": run.clip_gradient(parameters)})
+                optimizer.step()
+
+        run.log(success, lost, losses, signal=keep.mean())
+        run.evaluate_and_save_when_due()
+    run.finish(forward_passes=args.draws)  # velocities of a chunk in one pass of the update
+
+
+if __name__ == "__main__":
+    with harness.one_line_errors():
+        main(harness.parse(Args, __doc__))
