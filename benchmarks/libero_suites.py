@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pi_stepnft import envs
 from pi_stepnft.envs import EVAL_SEED
-from pi_stepnft.envs.libero import env as libero
+from pi_stepnft.envs.libero import LiberoSpec, tasks
 
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
 SIZE, GAP, CAPTION = 144, 4, 30
@@ -36,7 +36,7 @@ class Args:
 
 def tile(env_id: str) -> Image.Image:
     """Three pictures of a task side by side, its number and instruction below."""
-    env = libero.LiberoSpec(env_id, image_size=SIZE).create(0, 1)
+    env = LiberoSpec(env_id, image_size=SIZE).create(0, 1)
     env.reset(EVAL_SEED)
     before, after, state = np.zeros((2, SIZE, SIZE, 3), np.uint8), np.zeros((2, SIZE, SIZE, 3), np.uint8), np.zeros(8, np.float32)
     env.observe(before, state)
@@ -58,7 +58,7 @@ if __name__ == "__main__":
     try:
         for suite in args.suites:
             tiles = []
-            for _, number, _ in libero.task_names(suite):
+            for _, number, _ in tasks.task_names(suite):
                 tiles.append(tile(f"{suite}/{number}"))
                 gc.collect()
                 print(f"{suite}/{number}", flush=True)

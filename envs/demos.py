@@ -21,7 +21,8 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-from pi_stepnft.envs.base import TRAIN_SEEDS, EnvError
+from pi_stepnft.envs.base import TRAIN_SEEDS, EnvError, Environment
+from pi_stepnft.envs.simulators import simulator
 
 FORMAT = "pi-stepnft-demos-1"
 ARRAYS = ("image", "state", "action", "objects")
@@ -60,20 +61,15 @@ class Demos:
         return chunks
 
 
-def demonstrate(env, seed: int, noise: float, observe: bool = True) -> dict | None:
-    """One episode of the scripted expert in `env` (a ManiSkillEnv or LiberoEnv); None if it fails.
+def demonstrate(env: Environment, seed: int, noise: float, observe: bool = True) -> dict | None:
+    """One episode of the scripted expert in `env`; None if it fails.
 
     `noise` is the standard deviation of Gaussian noise on the executed translation, relative to that translation: large on the
     way, none at rest, where a task may ask the robot to be still. The recorded action is the clean one, so the policy sees states
     off the expert's path together with the way back. Without `observe`, pictures and states are left black and zero, which saves
     most of the time where only success counts.
     """
-    from pi_stepnft.envs.maniskill import experts
-
-    try:
-        expert = experts.make(env.spec.env_id)(env.base)
-    except ValueError as error:
-        raise EnvError(str(error)) from None
+    expert = env.expert()
     rng = np.random.default_rng(seed)
     env.reset(seed)
     expert.reset()
@@ -85,7 +81,6 @@ def demonstrate(env, seed: int, noise: float, observe: bool = True) -> dict | No
         if observe:
             env.observe(image, state)
         action = np.clip(expert.act(), -1, 1)
-        action[-1] *= getattr(env.spec, "gripper_close", 1)  # the convention of LIBERO's actions is an option
         for name, value in zip(ARRAYS, (image, state, action, env.object_positions()), strict=True):
             rows[name].append(np.array(value))
         executed = action.copy()
@@ -102,13 +97,8 @@ def collect(
     venv: an `envs.pool.ChunkVecEnv`, whose workers run the experts. The file appears when it is complete, never half-written.
     Raises EnvError if there is no expert for the task, or it fails more than half the time.
     """
-    from pi_stepnft.envs.maniskill import experts
-
     spec = venv.spec
-    try:
-        experts.make(spec.env_id)
-    except ValueError as error:
-        raise EnvError(str(error)) from None
+    simulator(spec.env_id).expert(spec.env_id)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".part")
@@ -121,7 +111,7 @@ def collect(
             )  # fmt: skip
             while done < count:
                 seeds = range(first_seed + tried, first_seed + tried + count - done)
-                for episode in venv.demonstrate([dict(seed=seed, noise=noise) for seed in seeds]):
+                for episode in venv.call(demonstrate, [dict(seed=seed, noise=noise) for seed in seeds]):
                     tried += 1
                     if episode is None:
                         continue

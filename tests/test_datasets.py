@@ -16,7 +16,6 @@ from test_main import refusal, run
 from pi_stepnft import envs, policies
 from pi_stepnft.algos import sft
 from pi_stepnft.envs import datasets, demos
-from pi_stepnft.envs.maniskill import env as maniskill
 
 SIZE, LENGTHS = 32, (5, 3)
 TEXTS = "pick up the bowl", "open the drawer"
@@ -142,7 +141,7 @@ def test_libero(tmp_path, episodes):
 
 
 def test_maniskill(tmp_path, episodes):
-    text = maniskill.instruction("PickCube-v1")
+    text = envs.simulator("PickCube-v1").instruction("PickCube-v1")
     write_maniskill(tmp_path / "t.h5", episodes, "rgb")
     data = datasets.read(tmp_path / "t.h5", env_id="PickCube-v1")
     same(data, episodes, (text, text))

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -13,9 +15,9 @@ import torch
 
 from pi_stepnft import envs
 from pi_stepnft.envs import demos, vulkan
-from pi_stepnft.envs.base import EnvError, EnvSpec
+from pi_stepnft.envs.base import EnvError
+from pi_stepnft.envs.maniskill import Camera, ManiSkillSpec, experts, tasks
 from pi_stepnft.envs.maniskill import env as maniskill
-from pi_stepnft.envs.maniskill import experts
 from pi_stepnft.envs.maniskill.cuda import CudaVecEnv
 from pi_stepnft.harness import evaluation, films, statistics
 
@@ -33,13 +35,13 @@ STATE = dict(obs_mode="state", backend="cpu")
 @pytest.fixture(scope="module")
 def pick():
     """PickCube in this process, in state mode."""
-    return maniskill.ManiSkillEnv(EnvSpec("PickCube-v1", obs_mode="state"))
+    return maniskill.ManiSkillEnv(ManiSkillSpec("PickCube-v1", obs_mode="state"))
 
 
 @pytest.fixture(scope="module")
 def eye():
     """PickCube in this process, in rgb mode."""
-    return maniskill.ManiSkillEnv(EnvSpec("PickCube-v1", camera=maniskill.Camera()))
+    return maniskill.ManiSkillEnv(ManiSkillSpec("PickCube-v1", camera=Camera()))
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +106,7 @@ def replay(venv, episode: dict, pad: np.ndarray) -> tuple[int, int, dict]:
 
 @pytest.mark.parametrize("env_id", ["PickCube-v1", "StackCube-v1"])
 def test_states_and_grasps_are_those_of_maniskills_own_step(env_id, pick):
-    ours = pick if env_id == "PickCube-v1" else maniskill.ManiSkillEnv(EnvSpec(env_id, obs_mode="state"))
+    ours = pick if env_id == "PickCube-v1" else maniskill.ManiSkillEnv(ManiSkillSpec(env_id, obs_mode="state"))
     assert ours._set_action is not None  # the fast controller is what is tested
     theirs = gym.make(
         env_id, num_envs=1, obs_mode="state", control_mode="pd_ee_delta_pose", reward_mode="sparse",
@@ -134,7 +136,7 @@ def test_states_and_grasps_are_those_of_maniskills_own_step(env_id, pick):
 
 
 def test_the_dense_reward_is_maniskills_summed_over_the_chunk(solved):
-    ours = maniskill.ManiSkillEnv(EnvSpec("PickCube-v1", obs_mode="state", reward_mode="normalized_dense"))
+    ours = maniskill.ManiSkillEnv(ManiSkillSpec("PickCube-v1", obs_mode="state", reward_mode="normalized_dense"))
     theirs = gym.make("PickCube-v1", obs_mode="state", control_mode="pd_ee_delta_pose", reward_mode="normalized_dense",
                       sim_backend="physx_cpu", render_backend="cpu")  # fmt: skip
     ours.reset(solved[0]["seed"])
@@ -146,7 +148,7 @@ def test_the_dense_reward_is_maniskills_summed_over_the_chunk(solved):
 
 def test_lighter_meshes_change_the_picture_little_and_the_physics_not_at_all(eye, solved):
     assert eye.spec.mesh_keep < 1
-    heavy = maniskill.ManiSkillEnv(EnvSpec("PickCube-v1", camera=maniskill.Camera(), mesh_keep=1.0))
+    heavy = maniskill.ManiSkillEnv(ManiSkillSpec("PickCube-v1", camera=Camera(), mesh_keep=1.0))
     for env in (eye, heavy):
         env.reset(solved[0]["seed"])
     for start in (0, 8):
@@ -162,13 +164,13 @@ def test_lighter_meshes_change_the_picture_little_and_the_physics_not_at_all(eye
 @pytest.mark.skipif(vulkan.renders_on_gpu(), reason="a GPU gets the full shaders")
 @pytest.mark.parametrize("env_id", ["PickCube-v1", "PlaceSphere-v1", "PickCube-v1/vision-table_color-2"])
 def test_leaner_shaders_draw_the_same_picture(env_id, monkeypatch):
-    assert shaders.lean_pack(), "SAPIEN's shaders have changed: look at envs/shaders.py again"
+    assert shaders.lean_pack(), "SAPIEN's shaders have changed: look at envs/maniskill/shaders.py again"
     pictures, chosen, shader_dir = [], [], sapien.render.set_camera_shader_dir
     monkeypatch.setattr(sapien.render, "set_camera_shader_dir", lambda name: chosen.append(name) or shader_dir(name))
     for pack in (shaders.lean_pack(), None):
         chosen.clear()
         monkeypatch.setattr(shaders, "lean_pack", lambda pack=pack: pack)
-        env = maniskill.ManiSkillEnv(EnvSpec(env_id, camera=maniskill.Camera()))
+        env = maniskill.ManiSkillEnv(ManiSkillSpec(env_id, camera=Camera()))
         assert str(pack or "minimal") in chosen
         env.reset(10)
         pictures.append([])
@@ -326,7 +328,16 @@ def test_without_terminal_observations_all_else_is_the_same(eyes, solved):
         (dict(num_workers=0), "num_workers"),
         (dict(obs_mode="depth"), "'rgb' or 'state'"),
         (dict(backend="tpu"), "'cpu'"),
-        (dict(colour="red"), "colour"),
+        (dict(colour="red"), "no option 'colour': there are obs_mode"),
+        (dict(control_mod="pd_joint_pos"), "did you mean control_mode"),
+        (dict(cameras=3), "cameras must be None or names, got 3"),
+        (dict(robot=("panda", "panda")), "robot must be None or one name"),
+        (dict(sim_obs_mode="depth"), "'rgb+segmentation'"),
+        (dict(env_id="TwoRobotPickCube-v1"), "several robots"),
+        (dict(env_id="AnymalC-Reach-v1"), "download_asset anymal_c"),
+        (dict(env_id="ReplicaCAD_SceneManipulation-v1"), "download_asset ReplicaCAD"),
+        (dict(robot="widowxai"), "download_asset widowxai"),
+        (dict(seed=-1), "seed must not be negative"),
         (dict(chunk=51), "50 steps"),
     ],
 )
@@ -340,7 +351,7 @@ def test_bad_arguments_are_told_in_one_line(given, told, monkeypatch):
 @pytest.mark.parametrize("option", [dict(control_mode="telepathy"), dict(reward_mode="karma"), dict(kwargs=dict(colour="red"))])
 def test_what_maniskill_refuses_is_told_in_one_line(option, pick):
     with pytest.raises(EnvError) as error:
-        maniskill.ManiSkillEnv(EnvSpec("PickCube-v1", obs_mode="state", **option))
+        maniskill.ManiSkillEnv(ManiSkillSpec("PickCube-v1", obs_mode="state", **option))
     assert "PickCube-v1" in str(error.value) and "\n" not in str(error.value)
 
 
@@ -349,12 +360,51 @@ def test_bad_actions_and_seeds_are_told_in_one_line(pool):
     nan = np.zeros((4, 8, 7))
     nan[2, 3, 1] = np.nan
     for bad in (lambda: pool.step(np.zeros((4, 7))), lambda: pool.step(np.zeros((3, 8, 7))), lambda: pool.step(np.zeros((4, 8, 6))),
-                lambda: pool.step(nan), lambda: pool.reset(seed=[1, 2]),
+                lambda: pool.step(nan), lambda: pool.reset(seed=[1, 2]), lambda: pool.reset(seed=-1),
+                lambda: pool.reset(seed=2**32 - 3), lambda: pool.reset(seed=[0, 1, 2, 2**63]), lambda: pool.reset(seed=[0.5] * 4),
                 lambda: pool.reset(options={"reset_mask": [True]})):  # fmt: skip
         with pytest.raises(EnvError) as error:
             bad()
         assert "\n" not in str(error.value)
     assert (pool.step(np.zeros((4, 8, 7)))[4]["steps"] == 8).all()  # and the pool goes on
+    assert np.isfinite(pool.reset(seed=2**32 - 4)[0]["state"]).all()
+
+
+SCRIPT = """
+import numpy as np
+from pi_stepnft import envs
+print("this program runs once")
+venv = envs.make("PickCube-v1", num_envs=2, num_workers=2, obs_mode="state", backend="cpu", chunk=4)
+obs, info = venv.reset(seed=0)
+obs, reward, terminated, truncated, info = venv.step(np.zeros((2, 4, 7)))
+print(info["steps"])
+"""
+
+
+def test_a_program_without_a_main_guard_is_not_imported_by_workers(tmp_path):
+    (tmp_path / "json.py").write_text("raise SystemExit('the wrong json')")  # nor is the folder where it is started
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "program.py").write_text(SCRIPT)
+    done = subprocess.run([sys.executable, "scripts/program.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["this program runs once", "[4 4]"], done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_without_memory_for_the_observations_no_worker_dies(monkeypatch):
+    with pytest.raises(EnvError, match="no memory for the observations of 2 environments.*take fewer") as error:
+        envs.make("PickCube-v1", 2, num_workers=1, max_episode_steps=10**12, **STATE)  # room for that many actions
+    assert "\n" not in str(error.value) and "worker" not in str(error.value)
+
+
+def test_the_action_space_has_the_simulators_bounds():
+    venv = envs.make("PickCube-v1", 1, control_mode="pd_joint_pos", chunk=2, **STATE)
+    theirs = gym.make("PickCube-v1", obs_mode="state", control_mode="pd_joint_pos", render_backend="cpu").unwrapped
+    assert venv.action_dim == 8 and venv.single_action_space.shape == (2, 8)
+    for bound in ("low", "high"):
+        expected = np.tile(getattr(theirs.single_action_space, bound), (2, 1))
+        np.testing.assert_array_equal(getattr(venv.single_action_space, bound), expected)
+    assert venv.single_action_space.high.max() > 2
+    venv.close()
 
 
 def test_cores_are_those_that_the_process_may_use():
@@ -447,8 +497,8 @@ def test_demonstrations_of_another_task_or_mode_are_refused(tmp_path):
 
 
 def test_a_task_without_an_expert_has_no_demonstrations(tmp_path, monkeypatch, pool):
-    monkeypatch.setattr(pool, "spec", EnvSpec("RollBall-v1", obs_mode="state"))
-    with pytest.raises(EnvError, match="no expert for 'RollBall-v1'.*PickCube-v1"):
+    monkeypatch.setattr(pool, "spec", ManiSkillSpec("RollBall-v1", obs_mode="state"))
+    with pytest.raises(EnvError, match="no scripted expert for 'RollBall-v1'.*PickCube-v1.*--dataset"):
         demos.collect(tmp_path / "roll.h5", pool, 1)
     assert not os.listdir(tmp_path)
 
@@ -460,7 +510,7 @@ def test_the_expert_picks_cubes(pick):
 @pytest.mark.slow
 @pytest.mark.parametrize("env_id", experts.available())
 def test_experts_solve_nine_of_ten_episodes(env_id):
-    env = maniskill.ManiSkillEnv(EnvSpec(env_id, obs_mode="state"))
+    env = maniskill.ManiSkillEnv(ManiSkillSpec(env_id, obs_mode="state"))
     assert sum(demos.demonstrate(env, seed, noise=0.0) is not None for seed in range(20)) >= 18
     env.close()
 
@@ -533,7 +583,7 @@ def test_the_batched_simulation_does_what_the_pool_does(short, solved):
             assert {k: v[0] for k, v in ours[4].items()} == {k: v[who] for k, v in theirs[4].items()}
     batched.close()
 
-    batched = CudaVecEnv(EnvSpec("PickCube-v1", obs_mode="state"), 1, chunk=8, seed=0, backend="cpu")
+    batched = CudaVecEnv(ManiSkillSpec("PickCube-v1", obs_mode="state"), 1, chunk=8, seed=0, backend="cpu")
     chunks, steps, last = replay(batched, solved[0], pad=random_actions(5, 8))
     assert steps == len(solved[0]["action"]) and last["success"].all() and last["terminated"].all() and last["reward"] == 1
     assert not batched.step(random_actions(0, 1, 8))[4]["steps"].any()
@@ -598,8 +648,8 @@ class BatchedTask:
 @pytest.fixture
 def batch(monkeypatch):
     task = BatchedTask(6)
-    monkeypatch.setattr(maniskill, "_make", lambda *_: SimpleNamespace(unwrapped=task, close=lambda: None))
-    return CudaVecEnv(EnvSpec("PickCube-v1", image_size=4, max_episode_steps=10), 6, chunk=4, seed=0)
+    monkeypatch.setattr(maniskill, "create", lambda *_: SimpleNamespace(unwrapped=task, close=lambda: None))
+    return CudaVecEnv(ManiSkillSpec("PickCube-v1", image_size=4, max_episode_steps=10), 6, chunk=4, seed=0)
 
 
 def test_equal_seeds_start_alike_in_a_batch_whatever_else_is_in_it(batch):
@@ -635,7 +685,7 @@ def test_what_ends_in_a_batch_stays_as_it_was(batch):
 
 def test_processes_take_over_where_physx_cannot_simulate_on_the_gpu(monkeypatch):
     """A GPU without PhysX's library for it, which is downloaded at the first use: a warning, and the pool."""
-    maniskill._registry()
+    tasks.registry()
     from sapien import physx
 
     def offline():
@@ -643,9 +693,9 @@ def test_processes_take_over_where_physx_cannot_simulate_on_the_gpu(monkeypatch)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(physx, "enable_gpu", offline)
-    maniskill.gpu_simulation.cache_clear()
+    tasks.gpu_simulation.cache_clear()
     try:
         with pytest.warns(UserWarning, match="no network"):
-            assert maniskill.gpu_simulation() is False
+            assert tasks.gpu_simulation() is False
     finally:
-        maniskill.gpu_simulation.cache_clear()
+        tasks.gpu_simulation.cache_clear()

@@ -20,7 +20,6 @@ from test_main import checkpoints, one_thread, only_run, refusal, run  # noqa: F
 
 from pi_stepnft import envs
 from pi_stepnft.algos import evaluate
-from pi_stepnft.envs.maniskill import ood
 from pi_stepnft.harness import charts, evaluation, films, report
 from pi_stepnft.harness.evaluation import Evaluation
 from pi_stepnft.harness.statistics import compare, over_seeds, rate_interval, summarise, wilson
@@ -33,6 +32,46 @@ VARIANT = f"{TASK}/execution-robot_noise-2"
 def outcome(success) -> Evaluation:
     success = np.array(success, bool)
     return Evaluation(success, np.where(success, 20, 50), envs.EVAL_SEED + np.arange(len(success)))
+
+
+# ----------------------------------------------------------------------------------------------------------- lost episodes
+
+
+class Mortal:
+    """Environments that succeed in two chunks, and lose whom `losses` names, (seed, how often)."""
+
+    num_envs, action_dim, max_episode_steps, tasks, instructions = 4, 2, 8, ["task"] * 4, ["do it"] * 4
+
+    def __init__(self, losses: dict[int, int]):
+        self.losses = dict(losses)
+
+    def reset(self, *, seed, options):
+        self.seeds, self.running, self.taken = seed, options["reset_mask"].copy(), np.zeros(4, int)
+        return {"state": np.zeros((4, 1))}, {}
+
+    def step(self, chunk):
+        steps = np.where(self.running, chunk.shape[1], 0)
+        self.taken += steps
+        lost = np.array([r and self.losses.get(int(s), 0) > 0 for r, s in zip(self.running, self.seeds)])
+        for seed in self.seeds[lost]:
+            self.losses[int(seed)] -= 1
+        success = ~lost & (self.taken >= 4)
+        self.running &= ~(success | lost)
+        return {"state": np.zeros((4, 1))}, None, success, lost, dict(success=success, steps=steps * ~lost, lost=lost)
+
+
+def test_lost_episodes_are_played_again_and_never_count_as_failures():
+    act = lambda obs, text: np.tile(np.arange(1, 3)[:, None], (len(text), 1, 2))
+    plain, flaky = (
+        evaluation.evaluate(Mortal(losses), act, 10, execute=2, seed=100, remember=True)
+        for losses in ({}, {101: 1, 102: 2, 109: 1})
+    )
+    assert (plain.repeated, flaky.repeated) == (0, 4)
+    for result in (plain, flaky):
+        assert result.success.all() and (result.steps == 4).all() and result.seeds.tolist() == list(range(100, 110))
+        assert (result.actions[:, :4, 0] == [1, 2, 1, 2]).all() and not result.actions[:, 4:].any()
+    with pytest.raises(envs.EnvError, match="seed 103 lost its worker 3 times"):
+        evaluation.evaluate(Mortal({103: 3}), act, 4, execute=2, seed=100)
 
 
 # ------------------------------------------------------------------------------------------------------------- the statistics
@@ -163,15 +202,16 @@ def test_algorithms_that_do_not_differ_seldom_seem_to():
 
 
 def test_suites_name_environments_families_and_variants():
-    everything = evaluate.select(TASK, ("id", "ood"), "rgb")
-    assert list(everything) == [TASK, *ood.variants(TASK)] and everything[VARIANT] == "execution"
-    blind = evaluate.select(TASK, ("id", "ood"), "state")
-    assert set(everything) - set(blind) == set(evaluate.select(TASK, ("vision",), "rgb"))
-    assert evaluate.select(TASK, ("execution-robot_noise-2", "id"), "state") == {VARIANT: "execution", TASK: "id"}
+    maniskill = envs.simulator(TASK)
+    everything = maniskill.select(TASK, ("id", "ood"), "rgb")
+    assert list(everything) == [TASK, *maniskill.variants(TASK)] and everything[VARIANT] == "execution"
+    blind = maniskill.select(TASK, ("id", "ood"), "state")
+    assert set(everything) - set(blind) == set(maniskill.select(TASK, ("vision",), "rgb"))
+    assert maniskill.select(TASK, ("execution-robot_noise-2", "id"), "state") == {VARIANT: "execution", TASK: "id"}
     with pytest.raises(envs.EnvError, match="PickCube-v1 has no 'odd'"):
-        evaluate.select(TASK, ("id", "odd"), "rgb")
+        maniskill.select(TASK, ("id", "odd"), "rgb")
     with pytest.raises(envs.EnvError, match="PokeCube-v1 has no 'ood'"):
-        evaluate.select("PokeCube-v1", ("id", "ood"), "rgb")
+        maniskill.select("PokeCube-v1", ("id", "ood"), "rgb")
 
 
 def test_checkpoints_go_by_their_runs():

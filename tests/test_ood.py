@@ -8,9 +8,9 @@ import pytest
 
 from pi_stepnft import envs
 from pi_stepnft.envs import demos, vulkan
-from pi_stepnft.envs.base import EnvError, EnvSpec
+from pi_stepnft.envs.base import EnvError
+from pi_stepnft.envs.maniskill import Camera, ManiSkillSpec, tasks, variants
 from pi_stepnft.envs.maniskill import env as maniskill
-from pi_stepnft.envs.maniskill import ood
 from pi_stepnft.envs.maniskill.cuda import CudaVecEnv
 
 try:
@@ -30,8 +30,8 @@ def env():
     def make(variant: str = "", obs_mode: str = "state") -> maniskill.ManiSkillEnv:
         key = variant, obs_mode
         if key not in made:
-            camera = maniskill.Camera() if obs_mode == "rgb" else None
-            spec = EnvSpec(f"{PICK}/{variant}" if variant else PICK, obs_mode=obs_mode, camera=camera)
+            camera = Camera() if obs_mode == "rgb" else None
+            spec = ManiSkillSpec(f"{PICK}/{variant}" if variant else PICK, obs_mode=obs_mode, camera=camera)
             made[key] = maniskill.ManiSkillEnv(pickle.loads(pickle.dumps(spec)))
         return made[key]
 
@@ -58,24 +58,24 @@ def starts(env: maniskill.ManiSkillEnv, count: int = 40) -> np.ndarray:
 # -------------------------------------------------------------------------------------------------------------------------- ids
 
 
-@pytest.mark.parametrize("env_id", ood.TASKS)
+@pytest.mark.parametrize("env_id", variants.TASKS)
 def test_every_task_has_variants_of_every_family_at_two_strengths(env_id):
-    ids = ood.variants(env_id)
-    families = [ood.family(i) for i in ids]
+    ids = variants.variants(env_id)
+    families = [variants.family(i) for i in ids]
     assert families == sorted(families, key=["vision", "semantic", "execution"].index) and len(set(families)) == 3
     assert len(set(ids)) == len(ids) and all(i.startswith(f"{env_id}/") for i in ids)
     for mild, strong in zip(ids[::2], ids[1::2], strict=True):
         assert mild[:-1] == strong[:-1] and mild[-1] + strong[-1] == "12"
-        assert ood.Change() != ood.find(mild) != ood.find(strong) != ood.Change()
+        assert variants.Change() != variants.find(mild) != variants.find(strong) != variants.Change()
     for i in ids:
         envs.check(i)
         assert i in gym.registry
-    assert maniskill._registry()[0][env_id].max_episode_steps == 50  # as registered
+    assert tasks.registry()[0][env_id].max_episode_steps == 50  # as registered
 
 
 def test_plain_tasks_have_no_change_and_others_no_variants():
-    assert ood.find(PICK) == ood.Change() and ood.task_of(PICK) == PICK
-    assert ood.variants("RollBall-v1") == []
+    assert variants.find(PICK) == variants.Change() and variants.task_of(PICK) == PICK
+    assert variants.variants("RollBall-v1") == []
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_an_unknown_variant_is_told_in_one_line(env_id, near):
             call(env_id)
         assert "\n" not in str(error.value)
     with pytest.raises(EnvError):
-        ood.family(PICK)
+        variants.family(PICK)
 
 
 def test_gymnasium_makes_variants_too(env):
@@ -108,7 +108,7 @@ def test_gymnasium_makes_variants_too(env):
 # ----------------------------------------------------------------------------------------------------------------------- vision
 
 
-@pytest.mark.parametrize("name", ood.VISION)
+@pytest.mark.parametrize("name", variants.VISION)
 def test_vision_changes_the_picture_and_not_the_state(name, env):
     before, state = start(env("", "rgb"), 3)
     changes = []
@@ -125,7 +125,7 @@ def test_the_camera_turns_by_the_angle_about_a_point_ahead(env):
         return env.base._sensors["base_camera"].camera.get_local_pose().sp.to_transformation_matrix()
 
     plain, turned = pose(env("", "rgb")), pose(env("vision-camera_pose-2", "rgb"))
-    ahead = np.array([ood.PIVOT, 0, 0, 1])
+    ahead = np.array([variants.PIVOT, 0, 0, 1])
     np.testing.assert_allclose(turned @ ahead, plain @ ahead, atol=1e-5)
     assert np.rad2deg(np.arctan2(*turned[1::-1, 0]) - np.arctan2(*plain[1::-1, 0])) % 360 == pytest.approx(360 - 25, abs=0.1)
     assert np.rad2deg(np.arcsin(plain[2, 0]) - np.arcsin(turned[2, 0])) == pytest.approx(8, abs=0.1)
@@ -236,8 +236,8 @@ def test_the_object_jumps_once(env):
             moved.step(np.zeros((1, 7), np.float32))
             way.append(moved.object_positions()[0])
         steps = np.linalg.norm(np.diff(way, axis=0), axis=1)
-        assert steps.argmax() == ood.JUMP_STEP and steps.max() == pytest.approx(0.06, abs=1e-3)
-        assert np.delete(steps, ood.JUMP_STEP).max() < 1e-3
+        assert steps.argmax() == variants.JUMP_STEP and steps.max() == pytest.approx(0.06, abs=1e-3)
+        assert np.delete(steps, variants.JUMP_STEP).max() < 1e-3
         jumps.append(way[-1] - way[0])
     assert abs(jumps[0][2]) < 1e-3
     np.testing.assert_array_equal(jumps[0], jumps[2])
@@ -245,7 +245,7 @@ def test_the_object_jumps_once(env):
 
 
 def test_goals_turn_about_the_object_and_objects_jump_away_from_what_they_could_hit():
-    push = maniskill.ManiSkillEnv(EnvSpec("PushCube-v1/execution-goal_range-2", obs_mode="state"))
+    push = maniskill.ManiSkillEnv(ManiSkillSpec("PushCube-v1/execution-goal_range-2", obs_mode="state"))
     angles = []
     for seed in range(20):
         push.reset(seed)
@@ -255,12 +255,12 @@ def test_goals_turn_about_the_object_and_objects_jump_away_from_what_they_could_
     assert -35 < min(angles) < -15 and 15 < max(angles) < 35
     push.close()
 
-    place = maniskill.ManiSkillEnv(EnvSpec("PlaceSphere-v1/execution-object_moved-2", obs_mode="state"))
+    place = maniskill.ManiSkillEnv(ManiSkillSpec("PlaceSphere-v1/execution-object_moved-2", obs_mode="state"))
     for seed in range(5):
         place.reset(seed)
         away = place.object_positions()[0] - place.base.bin.pose.p[0].numpy()
         before = np.linalg.norm(away[:2])
-        place.step(np.zeros((ood.JUMP_STEP + 1, 7), np.float32))
+        place.step(np.zeros((variants.JUMP_STEP + 1, 7), np.float32))
         away = place.object_positions()[0] - place.base.bin.pose.p[0].numpy()
         assert np.linalg.norm(away[:2]) > before
     place.close()
@@ -268,7 +268,7 @@ def test_goals_turn_about_the_object_and_objects_jump_away_from_what_they_could_
 
 def test_stacked_cubes_of_another_size_count():
     env_id = "StackCube-v1/semantic-object_size-2"
-    stack = maniskill.ManiSkillEnv(EnvSpec(env_id, obs_mode="state"))
+    stack = maniskill.ManiSkillEnv(ManiSkillSpec(env_id, obs_mode="state"))
     stack.reset(0)
     np.testing.assert_allclose(stack.object_positions()[:, 2], 0.015, atol=1e-6)
     assert any(demos.demonstrate(stack, seed, noise=0.0) for seed in range(3))
@@ -295,8 +295,8 @@ def test_variants_in_a_pool_and_in_a_batch(env):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", [v for task in ood.TASKS for v in ood.variants(task) if ood.family(v) != "vision"])
+@pytest.mark.parametrize("variant", [v for t in variants.TASKS for v in variants.variants(t) if variants.family(v) != "vision"])
 def test_experts_solve_four_of_five_episodes_of_every_variant(variant):
-    env = maniskill.ManiSkillEnv(EnvSpec(variant, obs_mode="state"))
+    env = maniskill.ManiSkillEnv(ManiSkillSpec(variant, obs_mode="state"))
     assert sum(demos.demonstrate(env, seed, noise=0.0) is not None for seed in range(20)) >= 16
     env.close()

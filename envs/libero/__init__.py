@@ -1,1 +1,5 @@
 """LIBERO's suites and LIBERO-PRO's (MuJoCo): tasks, scripted experts, and one scene stepped by action chunks."""
+
+from pi_stepnft.envs.libero.simulator import Libero, LiberoSpec
+
+__all__ = ["Libero", "LiberoSpec"]

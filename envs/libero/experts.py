@@ -1,11 +1,11 @@
 """Scripted pick-and-place experts on privileged simulator state for libero_object and libero_spatial (Panda, OSC_POSE).
 
-    expert = experts.make("libero_object/3")(env.base)    # env: an envs.libero.LiberoEnv; its base is robosuite's environment
+    expert = experts.PickAndPlace(env.base)               # env: a LiberoEnv; its base is robosuite's environment
     expert.reset()
     env.step(expert.act()[None])                          # (7,) float32 in [-1, 1], +1 closes the gripper
 
-As in `envs/experts.py`, an action is a function of the current state, with no phase counter. Only the choice of the grasp is made
-once, at the start of an episode, from where things stand then. Lengths are in metres in the world frame, angles in radians.
+As in `envs/maniskill/experts.py`, an action is a function of the current state, with no phase counter. Only the choice of the grasp
+is made once, at the start of an episode, from where things stand then. Lengths are in metres in the world frame, angles in radians.
 
 Facts of the controller (robosuite 1.4.0, OSC_POSE at 20 Hz): one unit of action puts the goal 0.05 m (0.5 rad) from the *current*
 pose, and a critically damped spring (stiffness 150 / s²) pulls the hand there: at most 13 mm (0.13 rad) a step. An error of less
@@ -20,7 +20,6 @@ import mujoco
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-SUITES = "libero_object", "libero_spatial"
 COMMAND, TURN = 0.05, 0.5  # m and rad that one unit of action commands (robosuite's osc_pose.json)
 OPEN, CLOSE = -1.0, 1.0
 # The gripper, in the frame of its site (x: the fingers close, z: down), measured in robosuite's model:
@@ -222,11 +221,3 @@ class PickAndPlace:
         height = min(clear, point[2] + slope * max(0.0, distance - radius))
         rise_first = height - self.tcp[2] > 0.02 and distance > 0.03
         return np.array([*(self.tcp if rise_first else point)[:2], height])
-
-
-def make(env_id: str) -> type[PickAndPlace]:
-    """The expert class for `env_id`, one task of a suite; ValueError for an environment without one."""
-    suite, _, number = env_id.partition("/")
-    if suite not in SUITES or not number:
-        raise ValueError(f"no expert for {env_id!r}: choose a single task of {' or '.join(SUITES)}, such as {SUITES[0]}/0")
-    return PickAndPlace

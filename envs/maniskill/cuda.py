@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from pi_stepnft.envs.base import EnvError, EnvSpec
+from pi_stepnft.envs.base import EnvError
 from pi_stepnft.envs.maniskill import env as maniskill
-from pi_stepnft.envs.pool import ChunkEnv
+from pi_stepnft.envs.maniskill import tasks
+from pi_stepnft.envs.vector import ChunkEnv
+
+if TYPE_CHECKING:
+    from pi_stepnft.envs.maniskill.simulator import ManiSkillSpec
 
 
 def _rows(tree: Any, index: torch.Tensor) -> Any:
@@ -36,24 +40,24 @@ class CudaVecEnv(ChunkEnv):
     backend: "cuda", or "cpu", which holds a single environment.
     """
 
-    def __init__(self, spec: EnvSpec, num_envs: int, *, chunk: int, seed: int, backend: str = "cuda"):
+    def __init__(self, spec: ManiSkillSpec, num_envs: int, *, chunk: int, seed: int, backend: str = "cuda"):
         super().__init__(spec, num_envs, seed)
         with torch.no_grad():
-            self.env = maniskill._make(spec, num_envs, backend)
+            self.env = maniskill.create(spec, num_envs, backend)
             self.base = self.env.unwrapped
             self._initialize, self.base._initialize_episode = self.base._initialize_episode, self._initialize_by_seed
             self._seeds, self._steps = np.zeros(num_envs, int), np.zeros(num_envs, int)
             self._reset(np.arange(num_envs))
-            cameras = tuple(self.base.scene.sensors) if spec.obs_mode == "rgb" else ()
+            cameras = maniskill.cameras_of(self.base, spec)
             state = maniskill.state_vector(self.base, self.base.get_info())
         try:
             self._describe(
                 chunk,
-                [(spec.env_id, maniskill.instruction(spec.env_id))] * num_envs,
-                action_dim=int(self.base.single_action_space.shape[0]),
+                [(spec.env_id, text) for text in maniskill.instructions_of(self.base, spec)],
+                action_space=self.base.single_action_space,
                 state_dim=state.shape[1],
                 cameras=cameras,
-                max_episode_steps=maniskill.episode_limit(spec),
+                max_episode_steps=tasks.episode_limit(spec.env_id, spec.max_episode_steps),
             )
         except EnvError:
             self.close()
@@ -71,6 +75,9 @@ class CudaVecEnv(ChunkEnv):
                 self._reset(np.flatnonzero(mask))
                 self._observe_state(mask, maniskill.initial_info(self.base))
                 self._observe_images(mask)
+                for slot, text in enumerate(maniskill.instructions_of(self.base, self.spec)):
+                    if mask[slot]:
+                        self.instructions[slot] = text
         info = dict(success=self._success.copy(), steps=np.zeros(self.num_envs, int), lost=np.zeros(self.num_envs, bool))
         return {name: value.copy() for name, value in self._obs.items()}, info
 
@@ -112,7 +119,7 @@ class CudaVecEnv(ChunkEnv):
             frames = self.base.render_rgb_array().cpu().numpy()
         return [frames[slot].copy() for slot in (range(self.num_envs) if slots is None else slots)]
 
-    def demonstrate(self, jobs: Iterable[dict]) -> None:
+    def call(self, function: Any, jobs: Iterable[dict]) -> None:
         raise EnvError("scripted experts run on the CPU back end: collect with envs.make(…, backend='cpu')")
 
     def close_extras(self, **kwargs: Any) -> None:
@@ -133,10 +140,12 @@ class CudaVecEnv(ChunkEnv):
         """In place of the task's `_initialize_episode`: one initial state per seed, whatever else is in the batch.
 
         ManiSkill draws one batch of random numbers, seeded by the first environment. Here the first environment of each seed is
-        initialised alone, from its own seed, and its scene is copied to the others of that seed.
+        initialised alone, from its own seed, and its scene is copied to the others of that seed. A task whose episodes bring their
+        instructions keeps more than the scene: there each environment is initialised alone.
         """
         base, index = self.base, env_idx.cpu().numpy()
-        _, first, group = np.unique(self._seeds[index], return_index=True, return_inverse=True)
+        alike = np.arange(self.num_envs) if hasattr(base, "get_language_instruction") else self._seeds
+        _, first, group = np.unique(alike[index], return_index=True, return_inverse=True)
         leaders, followers = index[first], np.delete(index, first)
         mask = base.scene._reset_mask
         if len(followers):  # whatever a task keeps beside the scene
@@ -175,8 +184,8 @@ class CudaVecEnv(ChunkEnv):
     def _observe_images(self, which: np.ndarray) -> None:
         if self._obs["image"].size:
             self._put_back()
-            for i, data in enumerate(self.base._get_obs_sensor_data().values()):
-                self._obs["image"][which, i] = data["rgb"].cpu().numpy()[which]
+            for i, picture in enumerate(maniskill.pictures(self.base, self.cameras)):
+                self._obs["image"][which, i] = picture.cpu().numpy()[which]
 
     def _put_back(self) -> None:
         """Put the scenes of environments that have ended back to where they ended."""

@@ -1,122 +1,33 @@
-"""ManiSkill tasks: which there are, how one is created, and a single CPU scene stepped by action chunks (`ManiSkillEnv`)."""
+"""ManiSkill's simulation: how one is created, and a single CPU scene stepped by action chunks (`ManiSkillEnv`)."""
 
 from __future__ import annotations
 
-import difflib
-import functools
-import warnings
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import gymnasium as gym
 import numpy as np
 import torch
 
 from pi_stepnft.envs import vulkan
-from pi_stepnft.envs.base import EnvError, EnvSpec
-from pi_stepnft.envs.maniskill import ood
+from pi_stepnft.envs.base import EnvError, Environment, import_module
+from pi_stepnft.envs.maniskill import experts, tasks
 
-INSTRUCTIONS = {
-    "PickCube-v1": "pick up the red cube and move it to the goal",
-    "PushCube-v1": "push the cube to the goal region",
-    "PullCube-v1": "pull the cube to the goal region",
-    "StackCube-v1": "stack the red cube on the green cube",
-    "LiftPegUpright-v1": "lift the peg upright",
-    "PlaceSphere-v1": "place the sphere into the bin",
-}
-"""Language instruction per task; other tasks get their id spelled out ("PokeCube-v1" → "poke cube")."""
+if TYPE_CHECKING:
+    from pi_stepnft.envs.maniskill.simulator import Camera, ManiSkillSpec
 
 
-@dataclass(frozen=True)
-class Camera:
-    """A fixed base camera. Eye and target in metres in the world frame (robot base at x = −0.615), vertical field of view in rad.
-
-    The default looks at the work area from the front and above, so closely that a 4 cm cube is 9 px wide in a 96 px picture; in
-    ManiSkill's own view (fov π/2) it is 3 px.
-    """
-
-    eye: tuple[float, float, float] = (0.55, 0.0, 0.42)
-    target: tuple[float, float, float] = (0.0, 0.0, 0.08)
-    fov: float = 0.6
-
-
-def instruction(env_id: str) -> str:
-    """The language instruction of a task, or of a variant of one."""
-    if (changed := ood.find(env_id).instruction) is not None:
-        return changed
-    env_id = ood.task_of(env_id)
-    if env_id in INSTRUCTIONS:
-        return INSTRUCTIONS[env_id]
-    name = env_id.rsplit("-", 1)[0]
-    return "".join(f" {c.lower()}" if c.isupper() else c for c in name).strip()
-
-
-@functools.cache
-def _registry():
-    """ManiSkill's task registry. Imports SAPIEN, so the driver must be chosen first."""
-    vulkan.ensure_driver()
-    try:
-        import mani_skill.envs  # noqa: F401 (registers the tasks)
-        from mani_skill.utils import assets
-        from mani_skill.utils.registration import REGISTERED_ENVS
-    except ImportError as error:
-        if vulkan.is_driver_error(error):
-            raise EnvError(vulkan.no_driver_message()) from error
-        raise EnvError(f"ManiSkill cannot be imported ({error}): pip install mani-skill") from error
-
-    return REGISTERED_ENVS, assets
-
-
-def check(env_id: str) -> None:
-    """Raise EnvError, in one line, for a task or variant that does not exist, or whose assets are not on this machine."""
-    registered, assets = _registry()
-    env_id, variant = ood.task_of(env_id), env_id
-    if env_id not in registered:
-        near = difflib.get_close_matches(env_id, registered, n=3)
-        raise EnvError(
-            f"unknown environment id {env_id!r}: not a ManiSkill task" + (f"; did you mean {', '.join(near)}?" if near else "")
-        )
-    sources = []
-    for asset in registered[env_id].asset_download_ids or []:
-        sources += assets.expand_data_group_into_individual_data_source_ids(asset) if asset in assets.DATA_GROUPS else [asset]
-    missing = [s for s in sources if not assets.is_data_source_downloaded(s)]
-    if missing:
-        raise EnvError(
-            f"{env_id} needs {len(missing)} asset(s) that are not on this machine; download them with: "
-            f"python -m mani_skill.utils.download_asset {env_id}"
-        )
-    ood.find(variant)
-
-
-@functools.cache
-def gpu_simulation() -> bool:
-    """Whether PhysX can simulate on a GPU here. Its library is downloaded at the first use; without it, says why, in a warning."""
-    if not torch.cuda.is_available():
-        return False
-    _registry()
-    from sapien import physx
-
-    try:
-        physx.enable_gpu()
-    except Exception as error:  # no network, no disk, a driver that is too old: the process pool works without it
-        reason = str(error).splitlines()[0]
-        warnings.warn(
-            f"no simulation on the GPU, processes on the CPU instead: PhysX's library is missing ({reason})", stacklevel=3
-        )
-    return physx.is_gpu_enabled()
-
-
-def _make(spec: EnvSpec, num_envs: int, backend: str) -> gym.Env:
+def create(spec: ManiSkillSpec, num_envs: int, backend: str) -> gym.Env:
     """The plain ManiSkill environment behind a spec; `backend` is "cpu" or "cuda"."""
-    check(spec.env_id)
-    from mani_skill.utils import sapien_utils
-
+    if spec.module:
+        import_module(spec.module)
+    tasks.check(spec.env_id, spec.robot)
     from pi_stepnft.envs.maniskill.meshes import light_meshes
     from pi_stepnft.envs.maniskill.shaders import lean_shaders
 
     on_gpu = backend == "cuda" or vulkan.renders_on_gpu()
     kwargs = dict(
         num_envs=num_envs,
-        obs_mode=spec.obs_mode,
+        obs_mode=spec.sim_obs_mode if spec.obs_mode == "rgb" else spec.obs_mode,
         control_mode=spec.control_mode,
         reward_mode=spec.reward_mode,
         sim_backend=f"physx_{backend}",
@@ -124,32 +35,82 @@ def _make(spec: EnvSpec, num_envs: int, backend: str) -> gym.Env:
         render_mode="rgb_array",
         human_render_camera_configs=dict(width=spec.video_size, height=spec.video_size),
     )
-    if spec.obs_mode == "rgb":
-        size = dict(width=spec.image_size, height=spec.image_size)
-        kwargs["sensor_configs"] = dict(size)
-        if spec.camera is not None:
-            pose = sapien_utils.look_at(spec.camera.eye, spec.camera.target)
-            kwargs["sensor_configs"]["base_camera"] = dict(size, pose=pose, fov=spec.camera.fov)
+    if spec.robot is not None:
+        kwargs["robot_uids"] = spec.robot
+    kwargs |= sensor_configs(spec, spec.camera)
     kwargs.update(spec.kwargs)
+    gym_id = spec.env_id.rpartition(":")[2]
     try:
         # Rendering on a GPU does not mind triangles; there the meshes stay as they are.
         with light_meshes(spec.mesh_keep if backend == "cpu" else 1.0), lean_shaders(not on_gpu):
-            env = gym.make(spec.env_id, disable_env_checker=True, **kwargs)
+            try:
+                env = gym.make(gym_id, disable_env_checker=True, **kwargs)
+            except AttributeError as error:
+                if "base_camera" not in str(error):
+                    raise
+                # A task without a base camera: there is none to place.
+                env = gym.make(gym_id, disable_env_checker=True, **kwargs | sensor_configs(spec, None))
     except RuntimeError as error:
         if vulkan.is_driver_error(error):
             raise EnvError(vulkan.no_driver_message()) from error
         raise EnvError(f"{spec.env_id} could not be created: {str(error).splitlines()[0]}") from error
-    except (KeyError, NotImplementedError, AssertionError, TypeError) as error:
-        raise EnvError(f"{spec.env_id} could not be created with {spec.control_mode=}, {spec.reward_mode=}: {error}") from error
+    except (FileNotFoundError, EOFError) as error:  # EOFError: ManiSkill asks whether to download, and nobody answers
+        raise EnvError(
+            f"{spec.env_id} needs files that are not on this machine ({str(error).splitlines()[0]}); download them with: "
+            f"{tasks.download_command(gym_id)}"
+        ) from error
+    except (KeyError, NotImplementedError, AssertionError, TypeError, AttributeError) as error:
+        given = ", ".join(f"{name}={getattr(spec, name)!r}" for name in ("control_mode", "reward_mode", "robot", "kwargs")
+                          if getattr(spec, name) not in (None, {}))  # fmt: skip
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise EnvError(f"{spec.env_id} could not be created with {given}: {reason}") from error
+    if not isinstance(env.unwrapped.single_action_space, gym.spaces.Box):
+        env.close()
+        raise EnvError(f"{spec.env_id} has several robots, or takes actions that are no vector: choose another task")
     return env
 
 
-def episode_limit(spec: EnvSpec) -> int:
-    """Steps after which an episode is cut off: the spec's own, or the task's registered limit."""
-    limit = spec.max_episode_steps or _registry()[0][ood.task_of(spec.env_id)].max_episode_steps
-    if limit is None:
-        raise EnvError(f"{spec.env_id} has no episode limit of its own: give max_episode_steps")
-    return limit
+def sensor_configs(spec: ManiSkillSpec, camera: Camera | None) -> dict[str, dict]:
+    if spec.obs_mode != "rgb":
+        return {}
+    from mani_skill.utils import sapien_utils
+
+    size = dict(width=spec.image_size, height=spec.image_size)
+    place = {}
+    if camera is not None:
+        place["base_camera"] = dict(size, pose=sapien_utils.look_at(camera.eye, camera.target), fov=camera.fov)
+    return dict(sensor_configs=size | place)
+
+
+def cameras_of(base, spec: ManiSkillSpec) -> tuple[str, ...]:
+    """Names of the cameras that a policy sees by, in order. EnvError for one that the task does not have."""
+    if spec.obs_mode != "rgb":
+        return ()
+    known = tuple(base.scene.sensors)
+    chosen = known if spec.cameras is None else spec.cameras
+    if not chosen or set(chosen) - set(known):
+        raise EnvError(f"{spec.env_id} has the cameras {', '.join(known) or 'none'}, not {', '.join(chosen) or 'none'}")
+    return chosen
+
+
+def pictures(base, cameras: tuple[str, ...]) -> list[torch.Tensor]:
+    """One (B, H, W, 3) uint8 per camera; no other is rendered."""
+    sensors = base.scene.sensors
+    if cameras != tuple(sensors):
+        base._sensors = base.scene.sensors = {name: sensors[name] for name in cameras}
+    try:
+        return [data["rgb"] for data in base._get_obs_sensor_data().values()]
+    finally:
+        if cameras != tuple(sensors):
+            base._sensors = base.scene.sensors = sensors
+
+
+def instructions_of(base, spec: ManiSkillSpec) -> list[str]:
+    """What each environment's policy is told in its present episode."""
+    if spec.instruction is not None or not hasattr(base, "get_language_instruction"):
+        return [spec.instruction or tasks.instruction(spec.env_id)] * base.num_envs
+    told = base.get_language_instruction()
+    return [told] * base.num_envs if isinstance(told, str) else list(told)
 
 
 def _leaves(tree) -> list[torch.Tensor]:
@@ -181,25 +142,25 @@ def initial_info(base) -> dict:
             agent.is_grasping = own
 
 
-class ManiSkillEnv:
+class ManiSkillEnv(Environment):
     """One ManiSkill scene on the CPU, stepped by action chunks.
 
     Between the actions of a chunk it builds no observation, no reward (in the sparse mode) and no picture; success is checked
     after every action, so none is missed. Everything runs in inference mode, which also covers construction.
     """
 
-    def __init__(self, spec: EnvSpec):
+    def __init__(self, spec: ManiSkillSpec):
         self.spec = spec
-        self.max_episode_steps = episode_limit(spec)
-        self.task, self.instruction = spec.env_id, instruction(spec.env_id)
+        self.task = spec.env_id
         self._software = not vulkan.renders_on_gpu()  # rendering
         with torch.inference_mode():
-            self.env = _make(spec, 1, "cpu")
+            self.env = create(spec, 1, "cpu")
             self.base = self.env.unwrapped
+            self.max_episode_steps = tasks.episode_limit(spec.env_id, spec.max_episode_steps)
             self._bound = self._set_action = None
-            self.action_dim = int(self.base.single_action_space.shape[0])
+            self.action_space = self.base.single_action_space
             self.reset(0)
-            self.cameras = tuple(self.base.scene.sensors) if spec.obs_mode == "rgb" else ()
+            self.cameras = cameras_of(self.base, spec)
             self.state_dim = state_vector(self.base, self.info).shape[1]
 
     def _bind(self) -> None:
@@ -227,6 +188,7 @@ class ManiSkillEnv:
             if self._bound is not self.base.agent:
                 self._bind()
             self.info = initial_info(self.base)
+            self.instruction = instructions_of(self.base, self.spec)[0]
         self.steps = 0
         self.success = False
 
@@ -274,13 +236,16 @@ class ManiSkillEnv:
         with torch.inference_mode():
             state[:] = state_vector(self.base, self.info)[0].numpy()
             if self.cameras:
-                for i, data in enumerate(self.base._get_obs_sensor_data().values()):
-                    image[i] = data["rgb"][0].cpu().numpy()
+                for i, picture in enumerate(pictures(self.base, self.cameras)):
+                    image[i] = picture[0].cpu().numpy()
 
     def object_positions(self) -> np.ndarray:
         """World positions (objects, 3) float32, m, of everything that can be moved, in the order of the task's scene."""
         movable = [actor for actor in self.base.scene.actors.values() if actor.px_body_type == "dynamic"]
         return np.array([actor._objs[0].pose.p for actor in movable], np.float32).reshape(-1, 3)
+
+    def expert(self) -> experts.Expert:
+        return experts.make(self.task)(self.base)
 
     def render(self) -> np.ndarray:
         """A picture for people (H, W, 3) uint8, from the task's render camera, with the goal visible."""

@@ -27,8 +27,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from pi_stepnft.envs.libero import env as libero
-from pi_stepnft.envs.maniskill import ood
+from pi_stepnft.envs.base import EnvError, no_expert
+from pi_stepnft.envs.maniskill import variants
 
 STEP_FRACTION = 1 - np.exp(-0.5)  # of a commanded offset covered in one control step, see above
 COMMAND = 0.1  # m of translation, or rad of rotation, commanded by one unit of action (Panda agent's controller config)
@@ -62,7 +62,7 @@ def position(actor) -> np.ndarray:
 class Expert:
     """Base: reads the state, turns the subclass's next waypoint into an action.
 
-    `base_env` is the unwrapped single-environment CPU env in control mode `pd_ee_delta_pose`; otherwise ValueError.
+    `base_env` is the unwrapped single-environment CPU env in control mode `pd_ee_delta_pose`; otherwise EnvError.
     """
 
     robots = ("panda", "panda_wristcam")
@@ -70,7 +70,7 @@ class Expert:
     def __init__(self, base_env):
         given = (base_env.num_envs, base_env.control_mode, base_env.robot_uids)
         if given[:2] != (1, "pd_ee_delta_pose") or given[2] not in self.robots:
-            raise ValueError(
+            raise EnvError(
                 f"{type(self).__name__} expert got (num_envs, control_mode, robot_uids) = {given}: make the "
                 f"environment with num_envs=1, control_mode='pd_ee_delta_pose' and robot_uids one of {self.robots}"
             )
@@ -262,16 +262,8 @@ def available() -> list[str]:
     return list(EXPERTS)
 
 
-def make(env_id: str) -> type:
-    """The expert class for `env_id`, a task or a variant of one; ValueError for an environment without one.
-
-    Tasks of LIBERO have theirs in `envs.libero_experts`.
-    """
-    if libero.is_libero(env_id):
-        from pi_stepnft.envs.libero import experts as libero_experts  # imports MuJoCo
-
-        return libero_experts.make(env_id)
-    task = ood.task_of(env_id)
-    if task not in EXPERTS:
-        raise ValueError(f"no expert for {env_id!r}: choose one of {', '.join(EXPERTS)}")
+def make(env_id: str) -> type[Expert]:
+    """The expert class for `env_id`, a task or a variant of one; EnvError for an environment without one."""
+    if (task := variants.task_of(env_id)) not in EXPERTS:
+        raise no_expert(env_id, ", ".join(EXPERTS))
     return EXPERTS[task]

