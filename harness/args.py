@@ -193,7 +193,7 @@ def resumed(given: A) -> A:
         what = f"unknown {', '.join(unknown)}" if isinstance(stored, dict) else "it holds no arguments"
         raise RunError(f"{folder}/args.json is not this version's: {what}")
     args = type(given)(**{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()})
-    now = {name: getattr(given, name) for name in names if option(name) in flags()}
+    now = {name: getattr(given, name) for name in names - {"resume"} if option(name) in flags()}
     if fixed := sorted(option(name) for name in now if name not in FREE_ON_RESUME and now[name] != getattr(args, name)):
         raise RunError(f"--resume goes on under the run's own arguments, which have another {', '.join(fixed)}: leave it out, or "
                        f"start a new run with --checkpoint {folder}/policy")

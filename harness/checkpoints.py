@@ -46,8 +46,8 @@ def save(
     """
     parent = folder / FOLDER
     name = f"{progress['iteration']:06d}"
-    while (parent / name).exists():  # saved once more, with an evaluation
-        name += "+"
+    if saved := [path.name for path in _all(parent) if path.name.rstrip("+") == name]:  # once more, with an evaluation
+        name = max(saved) + "+"
     part = parent / f".{name}.part"
     try:
         shutil.rmtree(part, ignore_errors=True)
@@ -72,7 +72,9 @@ def save(
         with contextlib.suppress(OSError):
             shutil.rmtree(part, ignore_errors=True)
         raise CheckpointError(f"checkpoint {name} not saved to {parent}: {error}; the one before it is intact") from None
-    for old in [*_all(parent)[keep:], *parent.glob(".*.part")]:
+    passed_over = [path for path in _all(parent) if path.name > name]  # damaged: the run went back and has come here anew
+    older = [path for path in _all(parent) if path.name < name]
+    for old in [*passed_over, *older[keep - 1 :], *parent.glob(".*.part")]:
         removed = old if old.name.startswith(".") else old.with_name(f".{old.name}.part")
         with contextlib.suppress(OSError):  # what cannot be removed costs room only
             os.rename(old, removed)

@@ -163,6 +163,21 @@ def test_a_second_save_of_an_iteration_does_not_endanger_the_first(tmp_path):
     training.save(keep=1)
     assert (tmp_path / "checkpoints" / "last").readlink() == Path("000001+")
     assert same(Training(tmp_path).resume().facts(), training.facts())
+    for number in range(2, 5):  # a finished run that is resumed only to be evaluated saves the same iteration again
+        training.save(keep=2)
+        assert (tmp_path / "policy" / "model.safetensors").is_file()
+        assert checkpoints.newest(tmp_path).name == "000001" + number * "+"
+
+
+def test_a_run_that_went_back_from_a_damaged_checkpoint_keeps_what_it_saves_from_there(tmp_path):
+    training = Training(tmp_path).step()
+    training.save()
+    training.step().step().save()
+    (tmp_path / "checkpoints" / "000003" / "manifest.json").unlink()
+    again = Training(tmp_path).resume().step()
+    again.save(keep=1)
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["000002", "last"]
+    assert same(Training(tmp_path).resume().facts(), again.facts())
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):

@@ -370,7 +370,7 @@ def test_an_iteration_without_contrast_changes_nothing(state_run, checkpoints, t
 
 def test_resuming_follows_the_runs_own_arguments(state_run, checkpoints, tmp_path):
     straight, _ = state_run
-    folder = shutil.copytree(straight, tmp_path / "runs" / straight.name)
+    folder = shutil.copytree(straight, tmp_path / "runs" / straight.name, symlinks=True)
     before, stored = weights(folder / "policy"), json.loads((folder / "args.json").read_text())
 
     def refused(*arguments) -> str:
