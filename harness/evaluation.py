@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from tqdm import tqdm
 
-from pi_stepnft.envs import EVAL_SEED
-from pi_stepnft.harness.charts import plot_curve  # noqa: F401  to be removed: import it from harness.charts
-from pi_stepnft.harness.films import record  # noqa: F401  to be removed: import it from harness.films
+from pi_stepnft.envs import EVAL_SEED, EnvError
 from pi_stepnft.harness.statistics import wilson
 
 Act = Callable[[dict[str, np.ndarray], list[str]], np.ndarray]
@@ -19,11 +18,14 @@ Act = Callable[[dict[str, np.ndarray], list[str]], np.ndarray]
 
 @dataclass
 class Evaluation:
-    """Outcomes of E episodes: success (E,) bool, steps (E,) int (control steps taken), seeds (E,)."""
+    """Outcomes of E episodes."""
 
-    success: np.ndarray
-    steps: np.ndarray
-    seeds: np.ndarray
+    success: np.ndarray  # (E,) bool
+    steps: np.ndarray  # (E,) int, control steps taken
+    seeds: np.ndarray  # (E,)
+    actions: np.ndarray | None = None  # (E, limit, A) float32, zeros after an episode's end, where they were asked for
+    repeated: int = 0
+    """how often an episode was played again because its worker had died"""
 
     @property
     def rate(self) -> float:
@@ -42,35 +44,58 @@ TASK_STRIDE = 1000
 """From the first seed of a task to that of the next, where several are evaluated: a multiple of LIBERO's 50 initial states."""
 
 
-def evaluate(venv, act: Act, episodes: int, *, execute: int, seed: int = EVAL_SEED, progress: str = "") -> Evaluation:
+LIVES = 3
+"""How often an episode is begun, whose worker dies each time, before the evaluation gives up."""
+
+
+def evaluate(
+    venv, act: Act, episodes: int, *, execute: int, seed: int = EVAL_SEED, progress: str | tqdm = "", remember: bool = False
+) -> Evaluation:
     """Success (once within the limit) of `act` over `episodes` episodes with seeds seed, seed + 1, …, in rounds of venv.num_envs.
 
     Where the environments have several tasks, task t counts its own seeds from seed + t·TASK_STRIDE on: in LIBERO, each begins with
-    the first of its fixed initial states. execute: how many actions of each chunk are executed before the next observation.
-    progress: label of a progress bar, or "".
+    the first of its fixed initial states. An episode that is lost with its worker is played again, from its seed: only what was
+    played to its end counts. execute: how many actions of each chunk are executed before the next observation. progress: label of a
+    progress bar, "" for none, or a bar to move. remember: keep the actions. Raises EnvError where workers die again and again.
     """
-    tasks = list(dict.fromkeys(venv.tasks))
+    B, tasks = venv.num_envs, list(dict.fromkeys(venv.tasks))
     place = np.array([tasks.index(task) * TASK_STRIDE + venv.tasks[:i].count(task) for i, task in enumerate(venv.tasks)])
     share = np.array([venv.tasks.count(task) for task in venv.tasks])  # (B,) environments with the same task
-    success, steps, seeds = np.zeros(episodes, bool), np.zeros(episodes, int), np.zeros(episodes, int)
-    with tqdm(total=episodes, desc=progress, leave=False, disable=not progress) as bar:
-        for number, first in enumerate(range(0, episodes, venv.num_envs)):
-            count = min(venv.num_envs, episodes - first)
-            running = np.arange(venv.num_envs) < count
-            begun = seed + place + number * share
-            seeds[first : first + count] = begun[:count]
-            obs, _ = venv.reset(seed=begun, options={"reset_mask": running})
-            while running.any():
-                index = np.flatnonzero(running)
-                chunk = np.zeros((venv.num_envs, execute, venv.action_dim), np.float32)
-                chunk[index] = act({k: v[index] for k, v in obs.items()}, [venv.instructions[i] for i in index])[:, :execute]
-                obs, _, terminated, truncated, info = venv.step(chunk)
-                steps[first : first + count] += info["steps"][:count]
-                success[first : first + count] = info["success"][:count]
-                ended = running & (terminated | truncated)
-                running &= ~ended
-                bar.update(int(ended.sum()))
-    return Evaluation(success, steps, seeds)
+    number = np.arange(episodes)
+    seeds = seed + place[number % B] + number // B * share[number % B]  # (E,)
+    success, steps, begun = np.zeros(episodes, bool), np.zeros(episodes, int), np.zeros(episodes, int)
+    actions = np.zeros((episodes, venv.max_episode_steps, venv.action_dim), np.float32) if remember else None
+    waiting = [deque(range(slot, episodes, B)) for slot in range(B)]  # episodes that each environment has yet to play
+    bar = progress if isinstance(progress, tqdm) else tqdm(total=episodes, desc=progress, leave=False, disable=not progress)
+    while any(waiting):
+        running = np.array([bool(queue) for queue in waiting])  # (B,)
+        playing = np.array([queue.popleft() if queue else 0 for queue in waiting])  # (B,) the episode of each
+        begun[playing[running]] += 1
+        obs, _ = venv.reset(seed=np.where(running, seeds[playing], seed), options={"reset_mask": running})
+        while running.any():
+            index = np.flatnonzero(running)
+            chunk = np.zeros((B, execute, venv.action_dim), np.float32)
+            chunk[index] = act({k: v[index] for k, v in obs.items()}, [venv.instructions[i] for i in index])[:, :execute]
+            obs, _, terminated, truncated, info = venv.step(chunk)
+            ended = running & (terminated | truncated)
+            for slot in index:
+                episode, count = playing[slot], info["steps"][slot]
+                if remember:
+                    actions[episode, steps[episode] : steps[episode] + count] = chunk[slot, :count]
+                steps[episode] += count
+                success[episode] = info["success"][slot]
+                if info["lost"][slot]:
+                    if begun[episode] == LIVES:
+                        raise EnvError(f"seed {seeds[episode]} lost its worker {LIVES} times: try fewer --num-envs")
+                    waiting[slot].append(episode)
+                    steps[episode], success[episode], ended[slot], running[slot] = 0, False, False, False
+                    if remember:
+                        actions[episode] = 0
+            running &= ~ended
+            bar.update(int(ended.sum()))
+    if bar is not progress:
+        bar.close()
+    return Evaluation(success, steps, seeds, actions, int(begun.sum()) - episodes)
 
 
 def evaluate_replay(venv, actions: np.ndarray, episodes: int, *, seed: int = EVAL_SEED, progress: str = "") -> Evaluation:

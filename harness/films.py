@@ -1,5 +1,4 @@
-"""Videos of episodes: of a policy at work (`record`), or of evaluated ones: remember the actions while evaluating (`Tape`), replay
-them later, write a film with captions."""
+"""Videos of episodes: of a policy at work (`record`), or of evaluated ones, replayed by their actions, with captions (`write`)."""
 
 from __future__ import annotations
 
@@ -17,40 +16,6 @@ from pi_stepnft.envs import EVAL_SEED
 GREEN, RED, GREY, WHITE = (0, 158, 115), (213, 94, 0), (150, 150, 150), (235, 235, 235)
 GAP, STRIP = 4, 24
 """Between tiles, and height of a line of text, px."""
-
-
-class Tape:
-    """A vector environment for `harness.evaluation.evaluate` that remembers what each episode was told to do.
-
-    After an evaluation of E episodes: actions (E, limit, A) float32, zeros after an episode's end; lost (E,) bool,
-    cut off because a worker died. `watch(number, successes)` is called when episodes end.
-    """
-
-    def __init__(self, venv, episodes: int, watch: Callable[[int, int], None] = lambda number, successes: None):
-        self.venv, self.watch, self.begun = venv, watch, 0
-        self.actions = np.zeros((episodes, venv.max_episode_steps, venv.action_dim), np.float32)
-        self.lost = np.zeros(episodes, bool)
-
-    def __getattr__(self, name: str):
-        return getattr(self.venv, name)
-
-    def reset(self, *, seed: np.ndarray, options: dict):
-        self.first, self.taken = self.begun, np.zeros(self.num_envs, int)
-        self.running = options["reset_mask"].copy()
-        self.begun += int(self.running.sum())
-        return self.venv.reset(seed=seed, options=options)
-
-    def step(self, chunk: np.ndarray):
-        obs, reward, terminated, truncated, info = self.venv.step(chunk)
-        for slot in np.flatnonzero(self.running):
-            start, count = self.taken[slot], info["steps"][slot]
-            self.actions[self.first + slot, start : start + count] = chunk[slot, :count]
-            self.lost[self.first + slot] |= info["lost"][slot]
-        self.taken += info["steps"]
-        ended = self.running & (terminated | truncated)
-        self.running &= ~ended
-        self.watch(int(ended.sum()), int(info["success"][ended].sum()))
-        return obs, reward, terminated, truncated, info
 
 
 @dataclass

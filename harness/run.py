@@ -32,12 +32,16 @@ import pi_stepnft
 from pi_stepnft import envs, policies
 from pi_stepnft.harness import checkpoints
 from pi_stepnft.harness.args import RLArgs, RunError, TaskArgs, TrainArgs, check, env_options
-from pi_stepnft.harness.evaluation import Evaluation, evaluate, plot_curve, record
+from pi_stepnft.harness.charts import plot_curve
+from pi_stepnft.harness.evaluation import Evaluation, evaluate
+from pi_stepnft.harness.films import record
 from pi_stepnft.harness.storage import Prefixes, memory_gb
 
 ITERATIONS = {"pi0": 120, "pi05": 200}
 """Rounds where --iterations is not given: what half an hour on two cores about allows."""
 NAMES = {"pi0": "π0", "pi05": "π0.5"}
+PROGRESS = "iteration", "env_steps", "trained_s", "curve", "lost"
+"""Attributes of a Run that go with its checkpoints."""
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
 
@@ -70,6 +74,7 @@ class Run:
         self._expect = policy_type
         self.prefix_cache = args.prefix_cache or ("device" if args.train == "expert" else "off")
         self.iteration, self.env_steps, self.trained_s, self.curve, self.peak_gb = 0, 0, 0.0, [], 0.0
+        self.lost = dict(rollouts=0, evaluations=0)  # episodes whose worker died: left out there, played again here
         self._stopped: str | None = None
         self._in_iteration = False
 
@@ -134,9 +139,8 @@ class Run:
                 for name, policy in list(trained.items())[1:]:
                     policies.load_weights(policy, self._resumed / name / "model.safetensors")
             progress = checkpoints.restore(self._resumed, optimizer, self.rng, self.unsaved)
-            self.iteration, self.env_steps, self.trained_s, self.curve = (
-                progress[name] for name in ("iteration", "env_steps", "trained_s", "curve")
-            )
+            for name in PROGRESS:
+                setattr(self, name, progress[name])
             if self.iteration >= args.iterations and (self.folder / "result.json").is_file():
                 raise RunError(f"{self.folder} has done its {self.iteration} iterations: to go on, give --iterations above that")
         else:
@@ -184,6 +188,8 @@ class Run:
         charts = dict(rollout_success=success[~lost].mean(), SPS=self.env_steps / self.trained_s, env_steps=self.env_steps) | charts
         for name, (seconds, gb) in self._laps.items():
             charts |= {f"{name}_s": seconds, f"memory_{name}_gb": gb}
+        self.lost["rollouts"] += int(lost.sum())
+        charts["lost_episodes"] = sum(self.lost.values())
         charts["learning_rate"] = self.optimizer.param_groups[0]["lr"]
         scalars = {f"charts/{name}": value for name, value in charts.items()}
         for name, value in (scalars | {f"losses/{name}": value for name, value in losses.means().items()}).items():
@@ -220,10 +226,6 @@ class Run:
         for name, evaluation in more.items():
             self.writer.add_scalar(f"eval/success_{name}", evaluation.rate, self.iteration)
         self.save()
-        film = f"videos/{self.folder.name}.mp4"
-        if args.video:
-            record(self.venv, self._act(self.trained[policy]), film, execute=self.execute, seed=args.eval_seed)
-        self.venv.close()
         self.writer.close()
         outcome = ("success", "interval", "episodes")
         write_json(self.folder / "result.json", dict(
@@ -231,12 +233,20 @@ class Run:
             env_id=args.env_id, obs_mode=args.obs_mode, seed=args.seed, checkpoint=self.checkpoint, iterations=self.iteration,
             env_steps=self.env_steps, training_minutes=self.trained_s / 60,
             parameters_trained=sum(p.numel() for group in self.optimizer.param_groups for p in group["params"]),
-            peak_memory_gb=self.peak_gb, **facts,
+            peak_memory_gb=self.peak_gb, lost_episodes=self.lost, **facts,
             before={name: self.curve[0][name] for name in outcome}, after={name: self.curve[-1][name] for name in outcome},
             **{f"after_{name}": dict(success=e.rate, interval=e.interval, episodes=len(e.success)) for name, e in more.items()},
             versions=dict(torch=torch.__version__, python=sys.version.split()[0]), args=asdict(args), curve=self.curve,
         ))
-        print(f"checkpoints, curve.png and result.json in {self.folder}" + (f", video in {film}" if args.video else ""))
+        made, film = f"checkpoints, curve.png and result.json in {self.folder}", f"videos/{self.folder.name}.mp4"
+        if args.video:
+            try:
+                record(self.venv, self._act(self.trained[policy]), film, execute=self.execute, seed=args.eval_seed)
+                made += f", video in {film}"
+            except envs.EnvError as error:  # what has been measured stands
+                made += f"; no video: {error}"
+        self.venv.close()
+        print(made)
         also = "".join(f"; {name}: {evaluation}" for name, evaluation in more.items())
         before, (low, high) = 100 * self.curve[0]["success"], self.curve[0]["interval"]
         print(f"{args.env_id} ({args.obs_mode}): {before:.1f} % [{100 * low:.1f}, {100 * high:.1f}] → {result}{also}; "
@@ -253,7 +263,9 @@ class Run:
         """Success by the ODE on held-out seeds, the same ones and the same noise every time."""
         policy.eval()
         seed = self.args.eval_seed
-        return evaluate(self.venv, self._act(policy), episodes, execute=self.execute, seed=seed, progress=label)
+        result = evaluate(self.venv, self._act(policy), episodes, execute=self.execute, seed=seed, progress=label)
+        self.lost["evaluations"] += result.repeated
+        return result
 
     def evaluate(self, when: str = "") -> Evaluation:
         """Evaluate the policy and add the result to the learning curve. when: "before" or "after", with more episodes."""
@@ -270,7 +282,7 @@ class Run:
         made = {"iteration": self.iteration, "env_steps": self.env_steps, "seed": args.seed}
         for policy in self.trained.values():
             policy.meta = policy.meta | {"execute": self.execute, "num_steps": args.num_steps, self.algorithm: made}
-        progress = dict(iteration=self.iteration, env_steps=self.env_steps, trained_s=self.trained_s, curve=self.curve)
+        progress = {name: getattr(self, name) for name in PROGRESS}
         checkpoints.save(self.folder, self.trained, self.optimizer, self.rng, progress, self.unsaved, args.keep)
         self._saved, self._saved_at = self.iteration, time.time()
         plot_curve(self.curve, self.folder / "curve.png", f"{args.env_id} ({args.obs_mode}), seed {args.seed}")
