@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import os
 import sys
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -21,8 +23,8 @@ PositiveOrZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
-LIMITS = dict(greater_than="greater than {gt:g}", greater_than_equal="at least {ge:g}", less_than="less than {lt:g}",
-              less_than_equal="at most {le:g}", finite_number="a finite number")
+LIMITS = dict(greater_than="greater than {gt:.10g}", greater_than_equal="at least {ge:.10g}", less_than="less than {lt:.10g}",
+              less_than_equal="at most {le:.10g}", finite_number="a finite number")
 """What pydantic's errors say of a number, in our words."""
 
 FREE_ON_RESUME = "num_threads", "max_minutes", "iterations", "track", "video", "device"
@@ -143,6 +145,8 @@ def check(args: Any) -> None:
         limit = LIMITS.get(first["type"], first["msg"].removeprefix("Input should be ")).format(**first.get("ctx", {}))
         raise RunError(f"{option(str(first['loc'][0]))} must be {limit}, got {first['input']}") from None
     env_options(args)
+    if getattr(args, "track", False) and importlib.util.find_spec("wandb") is None:
+        raise RunError("--track needs Weights & Biases: pip install wandb")
     if getattr(args, "train", "all") != "expert" and getattr(args, "prefix_cache", None) in ("device", "cpu"):
         raise RunError(f"--prefix-cache {args.prefix_cache} needs a frozen VLM, --train {args.train} changes it: leave "
                        "--prefix-cache out, or add --train expert")
@@ -173,20 +177,33 @@ def parse(Args: type[A], description: str, presets: dict[str, dict] | None = Non
 
     presets: sets of defaults, which --paper NAME chooses from; what is given beside it counts all the same.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that knows no θ gets a question mark, not a traceback
+            stream.reconfigure(errors="replace")
     default = Args()
     if presets:
         early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         early.add_argument("--paper")
         default = replace(default, **presets.get(early.parse_known_args()[0].paper, {}))
-    args = tyro.cli(Args, default=default, description=description)
+    args = expanded(tyro.cli(Args, default=default, description=description))
     return resumed(args) if getattr(args, "resume", None) else args
+
+
+def expanded(args: A) -> A:
+    """The arguments with ~ at the beginning of a path as the home folder, which a shell leaves in --name=~/path."""
+    home = lambda value: os.path.expanduser(value) if isinstance(value, str) else value
+    values = {field.name: getattr(args, field.name) for field in fields(args)}
+    values = {name: tuple(map(home, value)) if isinstance(value, tuple) else home(value) for name, value in values.items()}
+    return replace(args, **values)
 
 
 def resumed(given: A) -> A:
     """The arguments of the run that --resume names. Raises RunError for options that are given and cannot be followed."""
     folder = Path(given.resume)
-    if not (folder / "args.json").is_file() and (folder.parent / "args.json").is_file():
-        raise RunError(f"--resume {folder}: the run's folder is {folder.parent}")
+    if not (folder / "args.json").is_file():
+        for parent in list(folder.parents)[:3]:
+            if (parent / "args.json").is_file():
+                raise RunError(f"--resume {folder}: the run's folder is {parent}")
     stored = policies.read_json(folder / "args.json")
     names = {field.name for field in fields(type(given))}
     if not isinstance(stored, dict) or (unknown := sorted(set(stored) - names)):

@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import itertools
 import json
+import netrc
 import os
 import random
 import re
@@ -357,7 +358,7 @@ def check_fit(policy: policies.Pi0, venv, name: str) -> None:
 
 def bundled_start(env_id: str, obs_mode: str, policy_type: str) -> str:
     """Name of the checkpoint that ships for a task. Raises RunError with the command that makes one where there is none."""
-    task = env_id.partition("/")[0]
+    task = envs.simulator(env_id).task_of(env_id)
     for name in policies.bundled():
         described = policies.read_json(policies.checkpoint.BUNDLED / name / "config.json")
         meta = described["meta"]
@@ -393,11 +394,27 @@ def open_logs(folder: Path, args: TrainArgs, purge_step: int | None = None) -> S
     if args.track:
         import wandb
 
-        wandb.init(project="pi-stepnft", id=folder.name, name=folder.name, resume="allow", config=asdict(args),
-                   sync_tensorboard=True, mode=None if os.environ.get("WANDB_API_KEY") else "offline")
+        # The run's name is its id, so that a run that goes on stays one run.
+        options = dict(project="pi-stepnft", id=folder.name, name=folder.name, resume="allow", config=asdict(args))
+        options["sync_tensorboard"] = True
+        known = {"WANDB_MODE", "WANDB_API_KEY"} & set(os.environ) or has_login("wandb")
+        try:
+            wandb.init(**options, mode=None if known else "offline", settings=wandb.Settings(init_timeout=30))
+        except wandb.Error as error:
+            print(f"Weights & Biases cannot be reached ({str(error).splitlines()[0]}): logging offline, for `wandb sync`")
+            wandb.teardown()  # the first attempt holds the id
+            wandb.init(**options, mode="offline")
     writer = SummaryWriter(str(folder), purge_step=purge_step)
     writer.add_text("hyperparameters", json.dumps(asdict(args), indent=2))
     return writer
+
+
+def has_login(name: str) -> bool:
+    """Whether the user's .netrc holds a login at a host of this name."""
+    try:
+        return any(name in host for host in netrc.netrc().hosts)
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def command(program: str) -> str:

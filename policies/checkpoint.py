@@ -213,6 +213,10 @@ def find(path_or_name: str | Path) -> Path:
     """Checkpoint folder of a path, of a bundled name, or of a hub id, which is downloaded unless cached."""
     for folder in (Path(path_or_name), BUNDLED / path_or_name):
         if folder.is_dir():
+            if not any(folder.glob("*.safetensors")):  # a training's folder, ours or lerobot's: say where its policy is
+                for inside in ("policy", "pretrained_model", "checkpoints/last/pretrained_model"):
+                    if (folder / inside / "config.json").is_file():
+                        raise CheckpointError(f"{folder} is a training's folder; its policy is {folder / inside}")
             return folder
     if not Path(path_or_name).exists() and layouts.is_hub_id(str(path_or_name)):
         return layouts.fetch(str(path_or_name))
