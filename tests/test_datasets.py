@@ -144,6 +144,7 @@ def test_maniskill(tmp_path, episodes):
     text = envs.simulator("PickCube-v1").instruction("PickCube-v1")
     write_maniskill(tmp_path / "t.h5", episodes, "rgb")
     data = datasets.read(tmp_path / "t.h5", env_id="PickCube-v1")
+    assert len(datasets.read(tmp_path / "t.h5", env_id="my_module:PickCube-v1").start) == len(data.start)  # as it is trained on
     same(data, episodes, (text, text))
     assert data.attrs["control_mode"] == "pd_ee_delta_pose"
     write_maniskill(tmp_path / "t.h5", episodes, "state", success=(False, True))
