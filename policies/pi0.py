@@ -356,6 +356,18 @@ class Pi0(nn.Module):
             x, _, _ = self.expert.run(layer, x, rope, attend, keys_values)
         return self.expert.norm(x[:, 1:]).to(self.action_out_proj.weight.dtype).view(*x_t.shape[:-1], -1)
 
+    @property
+    def critic_width(self) -> int:
+        """Width of `critic_features`."""
+        return self.config.expert_width
+
+    def critic_features(self, prefix: Prefix, features: Tensor) -> Tensor:
+        """What a critic may judge observations by, (B, critic_width): the mean over the action tokens of `features` (B, H, W).
+
+        They see the state, which a prefix does not hold, and the x_t and t that they were computed at.
+        """
+        return features.mean(1)
+
     def suffix_attention(
         self, prefix: Prefix, T: int, state_tokens: int
     ) -> tuple[tuple[Tensor, Tensor], Tensor, list[tuple[Tensor, Tensor]]]:

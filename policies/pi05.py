@@ -7,6 +7,7 @@ actions are scaled by their quantiles. All else, and the interface, is π0's (se
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -66,6 +67,18 @@ class Pi05(Pi0):
             x = self.expert.run(layer, x, rope, attend, keys_values, cond)
         x, _ = self.expert.norm(x, cond)  # what follows is no residual branch: its gate has no use
         return x.to(self.action_out_proj.weight.dtype).view(*x_t.shape[:-1], -1)
+
+    @property
+    def critic_width(self) -> int:
+        """Width of `critic_features`."""
+        return 2 * self.config.kv_heads * self.config.head_dim
+
+    def critic_features(self, prefix: Prefix, features: Tensor) -> Tensor:
+        """What a critic may judge observations by, (B, critic_width): the last layer's keys and values, all that is computed of it,
+        in the mean over the valid tokens of `prefix`. They hold the observation and nothing else."""
+        seen = torch.cat((prefix.keys[-1], prefix.values[-1]), dim=-1)  # (B, P, 2 · kv_heads · head_dim)
+        weight = prefix.mask / prefix.mask.sum(1, keepdim=True)  # (B, P)
+        return (seen.float() * weight[..., None]).sum(1)
 
     def condition(self, t: Tensor) -> Tensor:
         """Times (...) -> condition of the expert's norms (..., expert_width)."""

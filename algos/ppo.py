@@ -1,0 +1,393 @@
+# Docs: docs/ppo.md. RL with a critic and a likelihood: python algos/ppo.py --env-id PickCube-v1 (π0.5: --policy pi05)
+"""PPO as in πRL (arXiv 2510.25889v3) for π0 and π0.5: one noisy solver step per action chunk among ODE steps, its Gaussian
+likelihood in a clipped ratio, generalised advantages over chunks from a value head on the policy's features."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a file of a checkout runs that checkout's code
+import pi_stepnft  # noqa: F401
+
+sys.path.pop(0)
+
+import numpy as np
+import torch
+from torch import nn
+
+from pi_stepnft import envs, harness, policies
+from pi_stepnft.harness import Count, CountOrZero, Positive, PositiveOrZero, Share
+
+
+@dataclass
+class Args(harness.RLArgs):
+    policy: Literal["pi0", "pi05"] | None = None
+    """bundled policy to start from, by default pi0; with --checkpoint that says which it is"""
+
+    # rollout
+    rollout_steps: CountOrZero = 32
+    """steps after which a training episode is cut off; 0: the task's own limit, as in evaluations (authors' ManiSkill: 80)"""
+    noise: Literal["sde", "learned"] = "sde"
+    """sde: Flow-SDE, one random solver step of a chunk is noisy; learned: Flow-Noise, all are, by a noise network"""
+    noise_level: Positive = 1.0
+    """sde: a of σ_t = a·sqrt(t / (1 − t)), the exploration noise of the one step (authors: 0.5)"""
+    noise_min: Positive = 0.08
+    """learned: least standard deviation of a solver step (πRL: between 0.08 and 0.16)"""
+    noise_max: Positive = 0.16
+    """learned: its greatest"""
+
+    # what is learned from
+    gamma: Share = 0.99
+    """discount per chunk (authors: 0.99)"""
+    gae_lambda: Share = 0.95
+    """λ of the generalised advantages, per chunk (authors: 0.95)"""
+    bootstrap: bool = True
+    """where an episode is cut off, count its last observation's value as what would follow; False: nothing, as after a failure"""
+    normalize_advantages: bool = True
+    """to mean 0 and deviation 1 over an iteration's chunks (authors: True)"""
+
+    # update
+    update_epochs: Count = 2
+    """passes over each iteration's chunks (authors, with larger batches: 4)"""
+    learning_rate: Positive = 3e-5
+    """Adam's for the policy (authors: 5e-6 LIBERO, 7.9e-6 ManiSkill, at 3 B parameters)"""
+    value_learning_rate: Positive = 1e-3
+    """Adam's for the value head (authors: 1e-4 LIBERO, 1.6e-4 ManiSkill)"""
+    critic_warmup: CountOrZero = 2
+    """first iterations in which only the value head is updated"""
+    warmup_iterations: CountOrZero = 5
+    """iterations of linear warm-up of the policy's learning rate, after those"""
+    max_grad_norm: Positive = 1.0
+    """gradient clipping, of the policy and of the value head each (authors: 1)"""
+    clip: Positive = 0.2
+    """ε, how far the ratio may move from 1 with gradient (authors: 0.2)"""
+    value_clip: Positive = 0.2
+    """how far a value may move from its rollout's with gradient (authors: 0.2)"""
+    detach_critic: bool = True
+    """keep the value loss from training the policy's own weights (authors: True)"""
+    entropy_coef: PositiveOrZero = 0.0
+    """learned: weight of the entropy bonus, a mean over action entries and solver steps (authors: 0.005)"""
+
+
+def check(args: Args) -> None:
+    """Raise RunError, in one line, for arguments that do not go together."""
+    if not args.noise_min <= args.noise_max:
+        raise harness.RunError(f"--noise-max {args.noise_max} must not be less than --noise-min {args.noise_min}")
+    if args.noise == "sde" and args.entropy_coef:
+        raise harness.RunError("--entropy-coef has nothing to raise where the noise is given: add --noise learned")
+
+
+# ------------------------------------------------------------------------------------------------------------ the method
+
+
+class Chunks(NamedTuple):
+    """What is remembered of action chunks; every field has a row for each of them."""
+
+    state: torch.Tensor  # (M, S) normalised
+    x: torch.Tensor  # (M, K + 1, H, A) the solver's path, from noise to the chunk
+    step: torch.Tensor  # (M, n) which of its steps were noisy
+    log_prob: torch.Tensor  # (M,) of those steps together
+    value: torch.Tensor  # (M,)
+    reward: torch.Tensor  # (M,) summed over the chunk's actions
+    episode: torch.Tensor  # (M,) which of the iteration's episodes it belongs to
+    turn: torch.Tensor  # (M,) how many chunks that episode had before it
+
+
+def flow_sde_step(
+    x_t: torch.Tensor, v: torch.Tensor, step: torch.Tensor, *, num_steps: int, noise_level: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """πRL, Eq. 9: one Flow-SDE step x_next ~ N(μ(v), std²). The marginals are the flow ODE's.
+
+    x_t, v: (B, H, A); step i: (B,) int in [0, num_steps), time t_i = 1 − i/K (1 noise, 0 action). Returns μ (B, H, A) and
+    std (B, 1, 1). `noise_level` 0 gives the Euler step x_t − δ·v. The sampler and the loss both call this function.
+    """
+    delta = 1.0 / num_steps
+    t = (1 - step * delta).view(-1, 1, 1)
+    # σ_t = a·sqrt(t / (1 − t)); at t = 1 the denominator is that of the next time, 1 − t_1 = δ
+    sigma = noise_level * (t / torch.where(step.view(-1, 1, 1) == 0, delta, 1 - t)).sqrt()
+    x0_hat = x_t - t * v  # the action end of the straight path
+    x1_hat = x_t + (1 - t) * v  # its noise end
+    mean = x0_hat * (1 - (t - delta)) + x1_hat * ((t - delta) - sigma**2 * delta / (2 * t))
+    return mean, sigma * delta**0.5
+
+
+def mlp(*widths: int) -> nn.Sequential:
+    """Linear layers with GELU in between; the last one begins at zero."""
+    layers = [layer for i, o in zip(widths, widths[1:]) for layer in (nn.Linear(i, o), nn.GELU())][:-1]
+    nn.init.zeros_(layers[-1].weight)
+    nn.init.zeros_(layers[-1].bias)
+    return nn.Sequential(*layers)
+
+
+class ValueHead(nn.Module):
+    """πRL, §4.3.2: V from what the policy offers a critic; πRL's widths 1024, 512, 256, 128, 1, in proportion."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.net = mlp(width, width // 2, width // 4, width // 8, 1)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """features (B, width) -> values (B,)"""
+        return self.net(features).squeeze(-1)
+
+
+class NoiseHead(nn.Module):
+    """πRL, Eq. 4, Flow-Noise: the standard deviation of every entry of a solver step, between two bounds."""
+
+    def __init__(self, width: int, action_dim: int, low: float, high: float):
+        super().__init__()
+        self.low, self.ratio = low, high / low
+        self.net = mlp(width, width // 2, action_dim)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """The expert's features (..., H, width) -> std (..., H, A); in the middle of the (logarithmic) range at first"""
+        return self.low * self.ratio ** self.net(features).sigmoid()
+
+
+def actor_critic(
+    policy: policies.Pi0,
+    value_head: ValueHead,
+    noise_head: NoiseHead | None,
+    prefix: policies.Prefix,
+    state: torch.Tensor,
+    x_t: torch.Tensor,
+    step: torch.Tensor,
+    *,
+    num_steps: int,
+    noise_level: float,
+    detach_critic: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One forward pass at n solver steps per chunk, in the rollout and in the update alike.
+
+    x_t: (B, n, H, A); step: (B, n) int. Returns the velocity (B, n, H, A), mean and standard deviation of x_next, and values (B,),
+    which see the observation and, of π0, the first of the steps: its x_t was there before any noise that the likelihood counts, so
+    as a baseline the value leaves the policy gradient unbiased.
+    """
+    features = policy.features(prefix, state, x_t, 1 - step / num_steps)  # (B, n, H, W)
+    v = policy.action_out_proj(features).float()
+    if noise_head is None:
+        mean, std = flow_sde_step(*(x.flatten(0, 1) for x in (x_t, v, step)), num_steps=num_steps, noise_level=noise_level)
+        mean, std = mean.view_as(v), std.view(*step.shape, 1, 1)
+    else:
+        mean, std = x_t - v / num_steps, noise_head(features)
+    seen = policy.critic_features(prefix, features[:, 0])
+    value = value_head(seen.detach() if detach_critic else seen)
+    return v, mean, std, value
+
+
+def log_prob(x_next: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Gaussian log density of the executed entries, summed over a chunk's noisy steps (πRL, Eq. 5).
+
+    x_next, mean: (B, n, H, A); std: (B, n, H or 1, A or 1); mask: (H, A). Returns (B,).
+    """
+    density = -0.5 * ((x_next - mean) / std) ** 2 - std.log() - 0.5 * math.log(2 * math.pi)
+    return (density * mask).sum((1, 2, 3))
+
+
+def flow_sde_sample(
+    policy: policies.Pi0,
+    value_head: ValueHead,
+    noise_head: NoiseHead | None,
+    prefix: policies.Prefix,
+    state: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    num_steps: int,
+    noise_level: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """πRL, §4.2.3: sample action chunks by the ODE, but for one random noisy step each; with a noise head all are noisy (§4.1).
+
+    mask: (H, A) bool, the executed entries, whose likelihood it is. Returns the path x (B, K + 1, H, A), whose last entry is the
+    action chunk, the noisy steps (B, n), and log-probability and value (B,) of each chunk.
+    """
+    B, K, device = len(state), num_steps, state.device
+    step = torch.randint(K, (B, 1), device=device) if noise_head is None else torch.arange(K, device=device).expand(B, K)
+    x = torch.randn(B, 1, policy.config.horizon, policy.config.action_dim, device=device)
+    xs, log_probs, values = [x], torch.zeros(B, device=device), torch.zeros(B, device=device)
+    for i in range(K):
+        now = torch.full((B, 1), i, device=device)
+        v, mean, std, value = actor_critic(
+            policy, value_head, noise_head, prefix, state, x, now, num_steps=K, noise_level=noise_level
+        )
+        noisy = (step == i).any(1)  # (B,)
+        x = torch.where(noisy.view(-1, 1, 1, 1), mean + std * torch.randn_like(mean), x - v / K)
+        log_probs += noisy * log_prob(x, mean, std, mask)
+        values = torch.where(step[:, 0] == i, value, values)
+        xs.append(x)
+    return torch.cat(xs, 1), step, log_probs, values
+
+
+def gae(
+    rewards: np.ndarray,
+    values: np.ndarray,
+    valid: np.ndarray,
+    terminated: np.ndarray,
+    last_values: np.ndarray,
+    *,
+    gamma: float,
+    gae_lambda: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """πRL, Eq. 13 (arXiv 1506.02438): generalised advantages and returns (E, P) of E episodes of up to P chunks.
+
+    rewards, values: (E, P) of each chunk; valid: (E, P) bool, True for the chunks an episode has, its first ones. terminated: (E,)
+    bool, whether nothing follows; where an episode was cut off instead, last_values (E,) is the value of its last observation.
+    """
+    following, advantage, advantages = np.where(terminated, 0.0, last_values), np.zeros(len(rewards)), np.zeros(rewards.shape)
+    for p in reversed(range(rewards.shape[1])):
+        delta = rewards[:, p] + gamma * following - values[:, p]
+        advantage = np.where(valid[:, p], delta + gamma * gae_lambda * advantage, 0.0)
+        following = np.where(valid[:, p], values[:, p], following)
+        advantages[:, p] = advantage
+    return advantages, advantages + values
+
+
+def ppo_loss(
+    new: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor, *, clip: float
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """πRL, Eq. 14 and 15: the clipped surrogate −min(r·A, clamp(r, 1 − ε, 1 + ε)·A) of arXiv 1707.06347, r = exp(new − old).
+
+    new, old: (B,) log-probabilities; advantages: (B,). Returns the scalar loss, a mean over chunks, and metrics: approx_kl (mean
+    r − 1 − log r), clip_fraction (share of ratios beyond the clip), ratio_deviation (mean |r − 1|).
+    """
+    ratio = (new - old).exp()
+    loss = -torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages).mean()
+    with torch.no_grad():
+        deviation = (ratio - 1).abs()
+        metrics = dict(
+            policy=loss.detach(),
+            approx_kl=(ratio - 1 - (new - old)).mean(),
+            clip_fraction=(deviation > clip).float().mean(),
+            ratio_deviation=deviation.mean(),
+        )
+    return loss, metrics
+
+
+def value_loss(new: torch.Tensor, old: torch.Tensor, returns: torch.Tensor, *, clip: float) -> torch.Tensor:
+    """½·max of the squared errors of the value and of the value held within ±clip of the rollout's, mean over chunks; all (B,)."""
+    clipped = old + (new - old).clamp(-clip, clip)
+    return 0.5 * torch.max((new - returns) ** 2, (clipped - returns) ** 2).mean()
+
+
+# ------------------------------------------------------------------------------------------------------------- the program
+
+
+def main(args: Args) -> None:
+    check(args)
+    run = harness.Run("ppo", args)
+    args, device, K = run.args, run.device, run.args.num_steps
+
+    # Policy, value head and, for Flow-Noise, noise network
+    policy, noise_head = run.load_policy(), None
+    value_head = ValueHead(policy.critic_width).to(device)
+    if args.noise == "learned":
+        c = policy.config
+        noise_head = NoiseHead(c.expert_width, c.action_dim, args.noise_min, args.noise_max).to(device)
+    heads = dict(value_head=list(value_head.parameters()), noise_head=list(noise_head.parameters()) if noise_head else [])
+    actor, critic = [p for p in policy.parameters() if p.requires_grad] + heads["noise_head"], heads["value_head"]
+    groups = [dict(params=actor), dict(params=critic, lr=args.value_learning_rate)]
+    fused = device.type == "cuda"  # no temporary copies
+    optimizer = torch.optim.Adam(groups, lr=args.learning_rate, betas=(0.9, 0.95), eps=1e-5, fused=fused)  # as StepNFT's
+    if args.compile:
+        policy.features = torch.compile(policy.features)
+    solver = dict(num_steps=K, noise_level=args.noise_level)
+    venv = run.make_envs(policy)
+    B = args.num_envs
+    run.begin(dict(policy=policy), optimizer, unsaved=heads)
+
+    for iteration in run.iterations():
+        # ---------------------------------------------------------------------- rollout: one noisy solver step per chunk
+        batches, prefixes, success, lost, ended, last_values = [], run.prefixes(), [], [], [], []
+        policy.eval()
+        with torch.inference_mode():
+            for epoch in range(args.rollout_epochs):
+                obs, _ = venv.reset(seed=run.rng.integers(envs.TRAIN_SEEDS, size=B))
+                running, gone, turn = np.ones(B, bool), np.zeros(B, bool), 0
+                done, last_value = np.zeros(B, bool), np.zeros(B)
+                while running.any() and not 0 < args.rollout_steps <= turn * run.execute:
+                    index = np.flatnonzero(running)
+                    seen = {name: value[index] for name, value in obs.items()}
+                    *inputs, state = policy.processor(seen, [venv.instructions[i] for i in index])
+                    prefix = policy.encode_prefix(*inputs)
+                    x, *sampled = flow_sde_sample(policy, value_head, noise_head, prefix, state, run.mask, **solver)
+                    prefixes.remember(inputs, prefix)
+                    actions = np.zeros((B, run.execute, venv.action_dim), np.float32)
+                    actions[index] = policy.processor.unnormalize_actions(x[:, -1, : run.execute], seen["state"]).cpu().numpy()
+                    obs, reward, terminated, truncated, info = venv.step(actions)
+                    episode = torch.from_numpy(epoch * B + index)
+                    reward = torch.from_numpy(reward[index])
+                    batches.append(Chunks(state, x, *sampled, reward, episode, torch.full_like(episode, turn)))
+                    run.env_steps += int(info["steps"].sum())
+                    done |= running & terminated
+                    running &= ~(terminated | truncated)
+                    gone |= info["lost"]
+                    turn += 1
+                cut = np.flatnonzero(~done & ~gone)  # their last observation's value is that of one more chunk, never executed
+                if args.bootstrap and len(cut):
+                    *inputs, state = policy.processor({name: value[cut] for name, value in obs.items()},
+                                                      [venv.instructions[i] for i in cut])
+                    prefix = policy.encode_prefix(*inputs)
+                    *_, value = flow_sde_sample(policy, value_head, noise_head, prefix, state, run.mask, **solver)
+                    last_value[cut] = value.cpu().numpy()
+                success.append(info["success"])
+                lost.append(gone)
+                ended.append(done)
+                last_values.append(last_value)
+        run.lap("rollout")
+
+        # ---------------------------------------------------------------------- advantages
+        chunks = Chunks(*map(torch.cat, zip(*batches)))
+        success, lost, ended, last_values = (np.concatenate(each) for each in (success, lost, ended, last_values))  # (E,)
+        episode, turn = chunks.episode.numpy(), chunks.turn.numpy()
+        rewards, values, valid = np.zeros((3, len(success), turn.max() + 1))  # (E, P) each
+        rewards[episode, turn], values[episode, turn], valid[episode, turn] = chunks.reward, chunks.value.cpu(), 1
+        tables = gae(rewards, values, valid > 0, ended, last_values, gamma=args.gamma, gae_lambda=args.gae_lambda)
+        advantages, returns = (torch.from_numpy(table[episode, turn]).float().to(device) for table in tables)
+        used = torch.from_numpy(np.flatnonzero(~lost[episode])).to(device)  # (M,) chunks to learn from
+        if args.normalize_advantages:
+            advantages = (advantages - advantages[used].mean()) / (advantages[used].std(correction=0) + 1e-8)
+        M = len(used)
+
+        # ---------------------------------------------------------------------- update
+        policy.train()
+        losses = harness.Averages()
+        warming = iteration < args.critic_warmup
+        ramp = (iteration + 1 - args.critic_warmup) / max(1, args.warmup_iterations)
+        optimizer.param_groups[0]["lr"] = args.learning_rate * min(1.0, max(0.0, ramp))
+        for _ in range(args.update_epochs if M else 0):
+            for minibatch in torch.randperm(M, device=device).chunk(args.num_minibatches):
+                optimizer.zero_grad()
+                for mb in minibatch.split(args.micro_batch or M):  # the loss is a mean over chunks, so are the gradients
+                    row, step = used[mb], chunks.step[used[mb]]  # (b,), (b, n): n noisy steps per chunk, which share its prefix
+                    x_t, x_next = (chunks.x[row[:, None], i] for i in (step, step + 1))  # (b, n, H, A)
+                    prefix = prefixes.recall(policy, row)
+                    _, mean, std, new_values = actor_critic(
+                        policy, value_head, noise_head, prefix, chunks.state[row], x_t, step,
+                        detach_critic=args.detach_critic or warming, **solver,
+                    )
+                    log_probs = log_prob(x_next, mean, std, run.mask)
+                    loss, metrics = ppo_loss(log_probs, chunks.log_prob[row], advantages[row], clip=args.clip)
+                    if args.noise == "learned":
+                        log_std = std.log()[:, :, run.mask].mean()
+                        loss = loss - args.entropy_coef * log_std  # a Gaussian's entropy, but for a constant
+                        metrics["noise_std"] = log_std.detach().exp()
+                    critic_loss = value_loss(new_values, chunks.value[row], returns[row], clip=args.value_clip)
+                    share = len(mb) / len(minibatch)
+                    (share * (critic_loss if warming else loss + critic_loss)).backward()
+                    losses.add({**metrics, "value": critic_loss.detach()}, share)
+                losses.add({"grad_norm": run.clip_gradient(actor), "value_grad_norm": run.clip_gradient(critic)})
+                optimizer.step()
+
+        value, target = chunks.value[used], returns[used]
+        explained = 1 - ((target - value).var() / target.var().clamp(min=1e-8)).item()
+        run.log(success, lost, losses, value_mean=value.mean(), return_mean=target.mean(), explained_variance=explained)
+        run.evaluate_and_save_when_due()
+    run.finish(forward_passes=K if args.noise == "learned" else 1)  # velocities of a chunk in one pass of the update
+
+
+if __name__ == "__main__":
+    with harness.one_line_errors():
+        main(harness.parse(Args, __doc__))
