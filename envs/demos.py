@@ -84,7 +84,7 @@ def demonstrate(env: Environment, seed: int, noise: float, observe: bool = True)
         for name, value in zip(ARRAYS, (image, state, action, env.object_positions()), strict=True):
             rows[name].append(np.array(value))
         executed = action.copy()
-        executed[:3] += noise * np.abs(action[:3]).max() * rng.standard_normal(3)
+        executed[:3] += noise * np.abs(action[:3]).max() * rng.standard_normal(3)[: len(action)]
         _, _, truncated, _ = env.step(executed[None])
     return {name: np.stack(values) for name, values in rows.items()} | {"seed": seed} if env.success else None
 

@@ -94,15 +94,16 @@ def cameras_of(base, spec: ManiSkillSpec) -> tuple[str, ...]:
 
 
 def pictures(base, cameras: tuple[str, ...]) -> list[torch.Tensor]:
-    """One (B, H, W, 3) uint8 per camera; no other is rendered."""
+    """One (B, H, W, 3) uint8 per camera; no other is rendered, unless the task draws in their pictures itself."""
     sensors = base.scene.sensors
-    if cameras != tuple(sensors):
-        base._sensors = base.scene.sensors = {name: sensors[name] for name in cameras}
+    if cameras == tuple(sensors) or base._obs_mode != "rgb":
+        data = base._get_obs_sensor_data()
+        return [data[name]["rgb"] for name in cameras]
+    base._sensors = base.scene.sensors = {name: sensors[name] for name in cameras}
     try:
         return [data["rgb"] for data in base._get_obs_sensor_data().values()]
     finally:
-        if cameras != tuple(sensors):
-            base._sensors = base.scene.sensors = sensors
+        base._sensors = base.scene.sensors = sensors
 
 
 def instructions_of(base, spec: ManiSkillSpec) -> list[str]:
