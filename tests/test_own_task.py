@@ -211,7 +211,6 @@ def test_a_task_that_the_program_has_imported_and_one_that_it_registers_itself(f
     assert shape == "(1, 30)" and "move it to a module, and call it my_module:MyBall-v1" in told, done.stderr
 
 
-@pytest.mark.slow
 def test_an_own_task_is_trained(folder, tmp_path):
     torch.manual_seed(0)
     config = policies.Pi0Config.tiny(

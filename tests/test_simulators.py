@@ -70,7 +70,7 @@ def test_what_a_program_defines_itself_is_not_found_by_workers(tmp_path):
 
 
 def test_ids_find_their_simulator_and_the_table_imports_none():
-    ids = dict(maniskill=("PickCube-v1", "PickCube-v1/vision-table_color-1", "NoSuch-v1"), libero=("libero_10/3", "libero_goal_lan"))
+    ids = dict(maniskill=("PickCube-v1", "PickCube-v1/vision-table_color-1", "No-v1"), libero=("libero_10/3", "libero_goal_lan"))
     for name, found in ids.items():
         assert {envs.simulator(env_id) for env_id in found} == {envs.SIMULATORS[name]}
     code = "import sys; from pi_stepnft import envs; print({'sapien', 'mujoco', 'torch'} & {*sys.modules})"

