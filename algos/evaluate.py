@@ -167,7 +167,7 @@ def choose_films(
         won, lost = np.flatnonzero(result.success), np.flatnonzero(~result.success)
         shortest = won[np.argsort(result.steps[won], kind="stable")]
         rows = [(f"{label}: {title}", label, found[:best_of].tolist())
-                for title, found in (("shortest successes", shortest), ("first failures", lost)) if len(found)]  # fmt: skip
+                for title, found in (("shortest successes", shortest), ("first failures", lost)) if len(found)]
         caption = f"Chosen, not typical: the shortest of {len(won)} successes and the first of {len(lost)} failures."
         chosen.append((f"{where}: successes and failures of {label}", caption, rows))
     return chosen
@@ -250,7 +250,7 @@ if __name__ == "__main__":
             venv = envs.make(
                 name, num_envs, obs_mode=obs_mode, image_size=image_size or 96, video_size=224,
                 chunk=1, observe_terminal=False,
-            )  # fmt: skip
+            )
             atexit.register(venv.close)  # workers and shared memory go with the program, however it ends
             for c in contestants:
                 for what, given, expected in (
@@ -266,7 +266,7 @@ if __name__ == "__main__":
             settings = dict(
                 sha256=c.digest, env_id=name, obs_mode=obs_mode, episodes=episodes, eval_seed=args.eval_seed,
                 num_envs=num_envs, execute=c.execute, num_steps=c.num_steps, versions=versions,
-            )  # fmt: skip
+            )
             return output / "episodes" / f"{name.replace('/', '-')}-{c.digest[:12]}.npz", json.dumps(settings)
 
         def recall(c: Contestant, name: str) -> dict[str, np.ndarray] | None:
@@ -295,14 +295,14 @@ if __name__ == "__main__":
                 dict(label=c.label, group=c.group, checkpoint=c.name, type=c.policy.config.type, execute=c.execute,
                      num_steps=c.num_steps, parameters=sum(p.numel() for p in c.policy.parameters()), sha256=c.digest)
                 for c in contestants
-            ]  # fmt: skip
+            ]
             ended = {label: {name: result.success for name, result in found.items()} for label, found in outcomes.items()}
             rows = summarise(ended, environments, () if simulator.paired else environments.values())
             results = dict(
                 command="python " + shlex.join(sys.argv), date=time.strftime("%Y-%m-%d"), env_id=env_id, obs_mode=obs_mode,
                 episodes=episodes, eval_seed=args.eval_seed, num_envs=num_envs, rows=rows,
                 checkpoints=described, versions=dict(python=sys.version.split()[0], **versions),
-            )  # fmt: skip
+            )
             if len(set(groups)) < len(groups):
                 results["group_rows"] = over_seeds(rows, ended, report.groups(results))
             (output / "results.json").write_text(json.dumps(results, indent=2))

@@ -73,7 +73,7 @@ def plain_env(spec: ManiSkillSpec) -> gym.Env:
         spec.env_id, obs_mode=spec.obs_mode, control_mode=spec.control_mode, reward_mode=spec.reward_mode,
         max_episode_steps=spec.max_episode_steps, sim_backend="physx_cpu", render_backend="cpu",
         sensor_configs=dict(width=spec.image_size, height=spec.image_size),
-    )  # fmt: skip
+    )
     return CPUGymWrapper(env)
 
 
@@ -130,7 +130,7 @@ def compare(spec: ManiSkillSpec, args: Args) -> dict[str, list[float]]:
     ours = envs.make(
         spec.env_id, args.workers * args.envs_per_worker, num_workers=args.workers, chunk=args.chunk, backend="cpu",
         obs_mode=spec.obs_mode, image_size=spec.image_size, max_episode_steps=spec.max_episode_steps, camera=None,
-    )  # fmt: skip
+    )
     theirs = gym.vector.AsyncVectorEnv(
         [partial(plain_env, spec)] * args.workers, context="spawn", autoreset_mode=gym.vector.AutoresetMode.DISABLED
     )
@@ -158,7 +158,7 @@ def main(args: Args) -> None:
     packages = {name: version(name) for name in ("mani-skill", "sapien", "gymnasium", "numpy", "torch")}
     report = dict(args=settings, cores=envs.num_cores(), python=platform.python_version(), packages=packages, results=[])
     print(f"{args.env_id}, {args.workers} processes on {envs.num_cores()} cores, chunks of {args.chunk}; environment steps/s, "
-          f"median (lowest – highest) of {args.rounds} rounds\n")  # fmt: skip
+          f"median (lowest – highest) of {args.rounds} rounds\n")
     print("| observations | ours | ManiSkill, AsyncVectorEnv | ratio | physics alone |\n|---|---|---|---|---|", flush=True)
     for mode in args.modes:
         for size in args.image_sizes if mode == "rgb" else [0]:

@@ -67,7 +67,7 @@ if __name__ == "__main__":
         results[env_id] = dict(
             instruction=venv.instruction, successes=len(steps), episodes=args.episodes, seed=args.seed, failed_seeds=failed,
             median_steps=float(np.median(steps)) if steps else None, most_steps=max(steps, default=None),
-        )  # fmt: skip
+        )
         cells = env_id, venv.instruction, f"{len(steps)} of {args.episodes}", f"[{low:.0f}, {high:.0f}] %", shown
         print(f"| {' | '.join(cells)} |", flush=True)
         out.write_text(json.dumps(results, indent=2) + "\n")

@@ -58,7 +58,7 @@ def modelling(name: str) -> types.ModuleType:
     for stand_in in (
         "configs", "policies.pretrained", "policies.rtc.modeling_rtc", "policies.pi0.configuration_pi0",
         "policies.pi05.configuration_pi05",
-    ):  # fmt: skip
+    ):
         sys.modules.setdefault(f"lerobot.{stand_in}", StandIn(f"lerobot.{stand_in}"))
     return importlib.import_module(f"lerobot.policies.{name}.modeling_{name}")
 
@@ -82,7 +82,7 @@ def lerobot_network(policy, train_expert_only: bool = False):
         for theirs, size in dict(
             hidden_size=c.vision_width, num_hidden_layers=c.vision_depth, intermediate_size=c.vision_mlp,
             num_attention_heads=c.vision_heads, patch_size=c.patch_size,
-        ).items():  # fmt: skip
+        ).items():
             setattr(config.vision_config, theirs, size)
         return build_paligemma(config)
 
@@ -96,7 +96,7 @@ def lerobot_network(policy, train_expert_only: bool = False):
         freeze_vision_encoder=train_expert_only, train_expert_only=train_expert_only, compile_model=False, rtc_config=None,
         max_state_dim=c.state_dim, max_action_dim=c.action_dim, chunk_size=c.horizon, num_inference_steps=c.num_steps,
         min_period=c.min_period, max_period=c.max_period,
-    )  # fmt: skip
+    )
     with mock.patch.multiple(
         module, get_gemma_config=gemma_sizes, PaliGemmaForConditionalGenerationWithPiGemma=paligemma, PiGemmaForCausalLM=expert
     ):
@@ -123,5 +123,5 @@ def lerobot_inputs(policy, inputs: dict) -> tuple:
     """The positional arguments that its `forward` and `sample_actions` begin with; π0.5 takes no state."""
     observation = (
         list(inputs["images"].unbind(dim=1)), list(inputs["image_mask"].unbind(dim=1)), inputs["tokens"], inputs["token_mask"],
-    )  # fmt: skip
+    )
     return observation if policy.config.type == "pi05" else (*observation, inputs["state"])

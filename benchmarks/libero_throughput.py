@@ -141,7 +141,7 @@ def main(args: Args) -> None:
     os.environ.update(OMP_NUM_THREADS=str(args.threads), LP_NUM_THREADS=str(args.threads))  # read by the child processes
     length = args.chunk * args.episode_chunks
     ours = envs.make(args.env_id, args.workers, num_workers=args.workers, chunk=args.chunk, image_size=args.image_size,
-                     max_episode_steps=length + 1)  # fmt: skip
+                     max_episode_steps=length + 1)
     plain = Plain(args)
     contestants = {"ours": lambda n: round_of_ours(ours, args, n), "libero": lambda n: round_of_plain(plain, args, n)}
     for run in contestants.values():  # the first episode fills caches
@@ -155,11 +155,11 @@ def main(args: Args) -> None:
 
     rates = {name: dict(stepping=[args.workers / step for _, step in values],
                         episodes=[args.workers * length / (reset + length * step) for reset, step in values],
-                        reset_seconds=[reset for reset, _ in values]) for name, values in rounds.items()}  # fmt: skip
+                        reset_seconds=[reset for reset, _ in values]) for name, values in rounds.items()}
     medians = {name: {key: float(np.median(values)) for key, values in of.items()} for name, of in rates.items()}
     print(f"{args.env_id}, two cameras of {args.image_size} px, {args.workers} processes on {envs.num_cores()} cores, chunks of "
           f"{args.chunk}, MUJOCO_GL={os.environ['MUJOCO_GL']}; environment steps/s, median (lowest – highest) of {args.rounds} "
-          "rounds\n")  # fmt: skip
+          "rounds\n")
     print("| | ours | LIBERO, every step | ratio |\n|---|---|---|---|")
     ratios = {}
     for key, label in (("stepping", "stepping"), ("episodes", f"episodes of {length} steps with reset")):
@@ -172,7 +172,7 @@ def main(args: Args) -> None:
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(args).items()}
     settings["out"] = args.out.name
     report = dict(args=settings, cores=envs.num_cores(), python=platform.python_version(), gl=os.environ["MUJOCO_GL"],
-                  packages=packages, rates=rates, median=medians, ratio=ratios)  # fmt: skip
+                  packages=packages, rates=rates, median=medians, ratio=ratios)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(report, indent=2) + "\n")
 

@@ -104,7 +104,7 @@ def main(args: Args) -> None:
     report = dict(
         cores=os.cpu_count(), threads=torch.get_num_threads(), python=platform.python_version(), packages=packages,
         cameras=args.cameras, num_steps=args.num_steps, results={},
-    )  # fmt: skip
+    )
     print("| policy | parameters | file | load, s (of a core) | peak memory | peak / file | actions, s (of a core) |")
     print("|---|---|---|---|---|---|---|", flush=True)
     context = mp.get_context("spawn")

@@ -36,7 +36,7 @@ from pi_stepnft.policies.checkpoint import TYPES
 MIDDLE = dict(
     image_size=112, vision_width=384, vision_depth=4, vision_mlp=1536, vision_heads=6, vlm_width=384, vlm_depth=4, vlm_mlp=2048,
     expert_width=384, expert_mlp=1536, heads=6, kv_heads=1, head_dim=64, vocab_size=8192,
-)  # fmt: skip
+)
 
 
 @dataclass
@@ -77,11 +77,11 @@ def inputs(policy: policies.Pi0, batch: int, args: Args) -> tuple:
     observation = (
         torch.rand(batch, c.num_cameras, 3, c.image_size, c.image_size), torch.ones(batch, c.num_cameras, dtype=torch.bool),
         torch.ones(batch, c.max_token_len, dtype=torch.int64), torch.ones(batch, c.max_token_len, dtype=torch.bool),
-    )  # fmt: skip
+    )
     flow = (
         torch.randn(batch, c.state_dim), torch.randn(batch, args.transitions, c.horizon, c.action_dim),
         torch.rand(batch, args.transitions),
-    )  # fmt: skip
+    )
     return observation, flow
 
 
@@ -130,7 +130,7 @@ def estimate(kind: str, train: str, dtype: torch.dtype, sizes: dict, args: Args)
         parameters=sum(p.numel() for p in policy.parameters()), trained=sum(p.numel() for p in trained),
         weights=nbytes(policy.parameters()), gradients=nbytes(trained), adam=2 * nbytes(trained), rollout_policy=nbytes(trained),
         prefix_per_sample=prefix, inputs_per_sample=nbytes(inputs(policy, 1, args)[0]),
-    )  # fmt: skip
+    )
     for name, checkpointing in (("", False), ("checkpointed_", True)):
         policy.checkpoint_gradients(checkpointing)
         one, two = kept(policy, 1, args), kept(policy, 2, args)
@@ -174,7 +174,7 @@ def measure(kind: str, train: str, dtype: torch.dtype, checkpointing: bool, args
     return dict(
         weights=weights - start, gradients_and_adam=trained_state - weights, activations=after - with_prefix,
         prefix=with_prefix - before,
-    )  # fmt: skip
+    )
 
 
 def measured(*arguments) -> dict[str, int]:
@@ -247,7 +247,7 @@ def main_cuda(args: Args) -> None:
         ("pi0", "expert", False, False), ("pi0", "expert", True, False), ("pi0", "expert", False, True),
         ("pi0", "lora", True, False), ("pi05", "expert", False, False), ("pi05", "lora", True, False),
         ("pi0", "all", True, False), ("pi05", "all", True, False),
-    ):  # fmt: skip
+    ):
         row = dict(policy=kind, train=train, checkpointing=checkpointing, compile=compiled)
         with mp.get_context("spawn").Pool(1) as pool:
             try:
@@ -280,7 +280,7 @@ def tables(full: list[dict], small: list[dict]) -> None:
         ((*which(r), f"{r['trained'] / 1e6:.0f} M", *(gb(r[n]) for n in held), gb(sum(r[n] for n in held))) for r in full),
     )
     kept = ("prefix_per_sample", "inputs_per_sample", "fixed", "per_sample", "checkpointed_fixed", "checkpointed_per_sample",
-            "layer_per_sample")  # fmt: skip
+            "layer_per_sample")
     table(
         "policy; trained; dtype; prefix; inputs; fixed; per chunk; fixed, checkpointed; per chunk, checkpointed; one layer",
         ((*which(r), *(mb(r[n]) for n in kept)) for r in full),
@@ -311,7 +311,7 @@ def main(args: Args) -> None:
     for kind, train, dtype, checkpointing in (
         ("pi0", "expert", torch.float32, False), ("pi0", "lora", torch.float32, False), ("pi0", "all", torch.float32, False),
         ("pi0", "all", torch.float32, True), ("pi05", "expert", torch.bfloat16, False),
-    ):  # fmt: skip
+    ):
         with FakeTensorMode():
             e = estimate(kind, train, dtype, MIDDLE, args)
         found = measured(kind, train, dtype, checkpointing, args)
@@ -320,9 +320,9 @@ def main(args: Args) -> None:
             weights=e["weights"], gradients_and_adam=e["gradients"] + e["adam"],
             activations=e[f"{name}fixed"] + e[f"{name}per_sample"] * args.batch,
             prefix=e["prefix_per_sample"] * args.batch if train == "expert" else 0,
-        )  # fmt: skip
+        )
         small.append(dict(policy=kind, train=train, dtype=str(dtype)[6:], checkpointing=checkpointing, batch=args.batch,
-                          parameters=e["parameters"], estimated=expected, measured=found))  # fmt: skip
+                          parameters=e["parameters"], estimated=expected, measured=found))
         print(small[-1], flush=True)
     tables(full, small)
     machine = dict(torch=torch.__version__, python=platform.python_version(), processor=platform.machine())

@@ -33,7 +33,7 @@ SIZES = dict(
     image_size=56, patch_size=14, num_cameras=3, vision_width=96, vision_depth=3, vision_mlp=192, vision_heads=4,
     vlm_width=128, vlm_depth=4, vlm_mlp=256, expert_width=64, expert_mlp=128, heads=8, kv_heads=1, head_dim=32,
     vocab_size=512, horizon=10,
-)  # fmt: skip
+)
 
 
 @dataclass

@@ -44,7 +44,7 @@ SIZES = dict(
         vlm_width=640, vlm_depth=8, vlm_mlp=2560, expert_width=384, expert_mlp=1536, heads=8, kv_heads=1, head_dim=64,
         vocab_size=8192, horizon=50,
     ),
-)  # fmt: skip
+)
 
 
 @dataclass
@@ -152,12 +152,12 @@ def main(args: Args) -> None:
             results.append(
                 dict(size=name, parameters=parameters, what=what, ours_seconds=seconds[0], lerobot_seconds=seconds[1],
                      ratio=ours / lerobot)
-            )  # fmt: skip
+            )
     packages = {package: version(package) for package in ("lerobot", "transformers", "torch")}
     record = dict(
         args=asdict(args) | dict(venv=args.venv.name, out=args.out.name), config={n: SIZES[n] for n in args.sizes},
         cores=os.cpu_count(), python=platform.python_version(), packages=packages, results=results,
-    )  # fmt: skip
+    )
     args.out.write_text(json.dumps(record, indent=2) + "\n")
 
 

@@ -55,7 +55,7 @@ if __name__ == "__main__":
         data = datasets.read(args.dataset, obs_mode=args.obs_mode, image_size=8)
         demonstrations = np.split(data.action, data.start[1:])[: args.demonstrations]
         venv = envs.make(args.env_id, min(args.num_envs, args.episodes), obs_mode=args.obs_mode, image_size=8,
-                         observe_terminal=False)  # fmt: skip
+                         observe_terminal=False)
         if len(set(venv.tasks)) > 1:
             raise envs.EnvError(f"{args.env_id} has several tasks: name one, as in {args.env_id}/0")
         if data.action.shape[1] != venv.action_dim:

@@ -47,7 +47,7 @@ def play(checkpoint: str, episodes: int, num_threads: int) -> dict:
     """All that evaluate.py tells about these episodes."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "algos/evaluate.py", checkpoint, "--suites", "id", "--episodes", str(episodes), "--no-video",
-                   "--num-threads", str(num_threads), "--device", "cpu", "--output", folder]  # fmt: skip
+                   "--num-threads", str(num_threads), "--device", "cpu", "--output", folder]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         results = json.loads((Path(folder) / "results.json").read_text())
         with open(Path(folder) / "outcomes.csv", newline="") as file:
@@ -56,7 +56,7 @@ def play(checkpoint: str, episodes: int, num_threads: int) -> dict:
         checkpoint=checkpoint, sha256=results["checkpoints"][0]["sha256"], episodes=episodes, seed=int(rows[0]["seed"]),
         num_threads=num_threads, versions=results["versions"], success=[int(row["success"]) for row in rows],
         steps=[int(row["steps"]) for row in rows],
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

@@ -184,7 +184,7 @@ def endpoints(seed: int = 0) -> dict[str, float]:
     """Share of success and RMS distance to the nearest mode, of 20 000 endpoints by solver; and the spread from a single noise."""
     policy, numbers = Flow(), {}
     for name, num_steps, noise in (("ODE, K = 4", K, 0.0), ("SDE, K = 4", K, NOISE), ("SDE, K = 32", 32, NOISE),
-                                   ("SDE, K = 4, noise 0.7", K, 0.7)):  # fmt: skip
+                                   ("SDE, K = 4, noise 0.7", K, 0.7)):
         end = sample(policy, 20_000, seed=seed, num_steps=num_steps, noise_level=noise)[:, -1]
         numbers[f"{name}: success"] = succeeded(end).float().mean().item()
         numbers[f"{name}: distance"] = (end - MODES).norm(dim=-1).amin(1).square().mean().sqrt().item()
@@ -296,7 +296,7 @@ def loss_along(tr: Transition, drifts: torch.Tensor, label: float) -> torch.Tens
         nft.stepnft_loss(tr.v_old + d * towards, tr.v_old, tr.x_t, tr.x_next, tr.step, torch.tensor([label]), num_steps=K,
                          noise_level=NOISE)[0]
         for d in drifts
-    ])  # fmt: skip
+    ])
 
 
 def statistics(r: Residuals) -> dict[str, tuple[float, float]]:
@@ -322,7 +322,7 @@ def statistics(r: Residuals) -> dict[str, tuple[float, float]]:
 
 def disc(axis) -> None:
     axis.text(GOAL[0], GOAL[1] - RADIUS - 0.08, "success", color=SUCCESS, ha="center", va="top", fontsize=9, zorder=1.5,
-              bbox=dict(facecolor="white", alpha=0.7, linewidth=0, pad=1))  # fmt: skip
+              bbox=dict(facecolor="white", alpha=0.7, linewidth=0, pad=1))
     axis.add_patch(Circle(GOAL, RADIUS, facecolor=SUCCESS, alpha=0.12, linewidth=0))
     axis.add_patch(Circle(GOAL, RADIUS, fill=False, edgecolor=SUCCESS, linewidth=1.2))
 
@@ -395,7 +395,7 @@ def draw_transition(out: Path, seed: int) -> None:
     whole.plot(*tr.path[:, 0].T, color=SDE, marker="o", linewidth=1.8)
     for i, name in ((0, "noise, t = 1"), (K, "action, t = 0")):
         whole.annotate(name, tr.path[i, 0], xytext=(-60, 28 - 14 * i), textcoords="offset points", ha="right",
-                       arrowprops=dict(arrowstyle="-", color=SDE, shrinkB=4))  # fmt: skip
+                       arrowprops=dict(arrowstyle="-", color=SDE, shrinkB=4))
     centre, half = mean + 0.3 * (x_t - mean), 0.48
     whole.add_patch(Rectangle(centre - half, 2 * half, 2 * half, fill=False, linewidth=1))
     plane(whole, "an SDE path; in the box: its step 1")
@@ -409,13 +409,13 @@ def draw_transition(out: Path, seed: int) -> None:
     zoom.plot(*x_t, "o", color="black", markersize=8)
     zoom.plot(*x_next, "*", color="black", markersize=16)
     zoom.text(0.02, 0.02, f"E⁺ = {tr.energy_plus:.2f}   E⁻ = {tr.energy_minus:.2f}\nloss: {tr.loss[1]:.2f} if y = +1,  "
-              f"{tr.loss[-1]:.2f} if y = −1", transform=zoom.transAxes, fontsize=11)  # fmt: skip
+              f"{tr.loss[-1]:.2f} if y = −1", transform=zoom.transAxes, fontsize=11)
     for point, name, color in ((x_t, "x_t", "black"), (x_next, "x_next", "black"), (mean, "μ(v_old)", OLD), (plus, "μ⁺", THETA),
-                               (minus, "μ⁻", MIRROR)):  # fmt: skip
+                               (minus, "μ⁻", MIRROR)):
         away = mean - x_next if name == "μ(v_old)" else point - mean
         away *= (26 + 2 * len(name)) / np.linalg.norm(away)
         zoom.annotate(name, point, xytext=away, textcoords="offset points", ha="center", va="center", color=color, fontsize=12,
-                      weight="bold")  # fmt: skip
+                      weight="bold")
     zoom.set(aspect="equal", xlim=(centre[0] - half, centre[0] + half), ylim=(centre[1] - half, centre[1] + half))
     zoom.set_title("the step and its two mirrored branches (circles: 1 and 2 std)")
     save(figure, out / "walkthrough_2_transition.png")
@@ -428,7 +428,7 @@ def draw_push(out: Path, seed: int) -> None:
     near = tr.mean + tr.std * torch.randn(8, 1, 2)
     figure, axes = plt.subplots(2, 2, figsize=(9.6, 8.8), layout="constrained")
     for axis, y, color, title in ((axes[0, 0], 1.0, SUCCESS, "success, y = +1: towards x_next"),
-                                  (axes[0, 1], -1.0, FAILURE, "failure, y = −1: away from x_next")):  # fmt: skip
+                                  (axes[0, 1], -1.0, FAILURE, "failure, y = −1: away from x_next")):
         axis.add_patch(Circle(mean, tr.std, fill=False, color=SDE, linewidth=1.5))
         for x, push in zip(near[:, 0], pushes(tr, near, torch.full((8,), y))):
             axis.plot(*np.stack((mean, x)).T, color="#999999", linestyle=":", linewidth=1.2)

@@ -10,7 +10,7 @@ from pi_stepnft.envs.simulators import SIMULATORS, simulator
 __all__ = [
     "EVAL_SEED", "SIMULATORS", "TRAIN_SEEDS", "TUNING_SEED", "EnvError", "Environment", "Simulator", "Spec", "check", "make",
     "num_cores", "simulator",
-]  # fmt: skip
+]
 
 
 def check(env_id: str) -> None:

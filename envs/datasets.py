@@ -127,7 +127,7 @@ def _join(path: Path, episodes: Iterator[dict], rotate: bool, image_size: int | 
         image=image, **{name: np.concatenate(values) for name, values in columns.items()},
         objects=np.zeros((len(image), 0, 3), np.float32),  # privileged: not in these files
         start=np.cumsum([0, *lengths[:-1]]), attrs=attrs | dict(instruction=instructions[0]), instructions=instructions,
-    )  # fmt: skip
+    )
 
 
 def _resize(images: np.ndarray, size: int | None, square: bool) -> np.ndarray:
@@ -202,7 +202,7 @@ def _libero(data: h5py.Group, file: Path, rotate: bool) -> Iterator[dict]:
         yield dict(
             image=[x[:, ::-1, ::-1] for x in images] if rotate else images, state=state, action=_of(demo, "actions", file)[:],
             instruction="".join(info["language_instruction"]).strip().strip('"').lower(),
-        )  # fmt: skip
+        )
 
 
 def _maniskill(opened: h5py.File, file: Path) -> Iterator[dict]:
@@ -216,7 +216,7 @@ def _maniskill(opened: h5py.File, file: Path) -> Iterator[dict]:
     env_id, mode = info["env_id"], (info.get("env_kwargs") or {}).get("control_mode")
     replayed = "pd_ee_delta_pose" if mode == "pd_joint_pos" else mode  # ManiSkill converts from no other into that
     advice = (f": record observations with python -m mani_skill.trajectory.replay_trajectory --traj-path {file} "
-              f"-o rgb{f' -c {replayed}' if replayed else ''} --save-traj")  # fmt: skip
+              f"-o rgb{f' -c {replayed}' if replayed else ''} --save-traj")
     attrs = dict(env_id=env_id) | ({"control_mode": mode} if mode else {})
     for name in _numbered(opened, "traj_"):
         trajectory = opened[name]
@@ -233,7 +233,7 @@ def _maniskill(opened: h5py.File, file: Path) -> Iterator[dict]:
                 raise EnvError(f"{file} lacks {obs.name}/agent{advice}")
             state = np.concatenate([part.reshape(len(part), -1)[:-1] for part in parts], 1)
         yield dict(image=images, state=state, action=_of(trajectory, "actions", file)[:], attrs=attrs,
-                   instruction=simulator(env_id).instruction(env_id))  # fmt: skip
+                   instruction=simulator(env_id).instruction(env_id))
 
 
 def _leaves(group: h5py.Group) -> list[np.ndarray]:
@@ -287,7 +287,7 @@ def _lerobot(folder: Path) -> Iterator[dict]:
                     frames[name] = videos.read(name, episode, len(rows))
                 yield dict(image=[frames[name] for name in cameras], instruction=tasks[task],
                            state=np.array(rows[state].to_pylist(), np.float32),
-                           action=np.array(rows[action].to_pylist(), np.float32))  # fmt: skip
+                           action=np.array(rows[action].to_pylist(), np.float32))
 
 
 def _lerobot_tasks(folder: Path) -> dict[int, str]:
@@ -341,7 +341,7 @@ class _Videos:
                 raise EnvError(f"{self.folder} lacks episode {episode} in meta/episodes/**/*.parquet")
             with _reading(f"{self.folder}/meta, of episode {episode},"):
                 place = {name: self.places[episode][f"videos/{camera}/{name}"]
-                         for name in ("chunk_index", "file_index", "from_timestamp")}  # fmt: skip
+                         for name in ("chunk_index", "file_index", "from_timestamp")}
                 keys, first = place, round(place.pop("from_timestamp") * self.info["fps"])
         if not self.info.get("video_path"):
             raise EnvError(f"{self.folder}/meta/info.json lacks video_path")

@@ -108,7 +108,7 @@ def collect(
             file.attrs.update(
                 format=FORMAT, env_id=spec.env_id, obs_mode=spec.obs_mode, control_mode=spec.control_mode,
                 image_size=spec.image_size, instruction=venv.instruction, noise=noise,
-            )  # fmt: skip
+            )
             while done < count:
                 seeds = range(first_seed + tried, first_seed + tried + count - done)
                 for episode in venv.call(demonstrate, [dict(seed=seed, noise=noise) for seed in seeds]):

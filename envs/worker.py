@@ -86,7 +86,7 @@ class Worker:
         self.process = subprocess.Popen(
             [sys.executable, "-c", BOOT, folder, path, str(child.fileno()), str(self.memory)],
             pass_fds=(child.fileno(), self.memory), stdin=subprocess.DEVNULL, env=os.environ | threads,
-        )  # fmt: skip
+        )
         child.close()
         try:
             self.send("create", (self.spec, self.slots, self.num_envs, self.threads))

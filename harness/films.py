@@ -111,7 +111,7 @@ def write(
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp.mp4")
     iio.imwrite(temporary, np.stack(films), fps=fps, codec="libx264", quality=None, macro_block_size=2,
-                output_params=["-crf", str(crf), "-movflags", "+faststart"])  # fmt: skip
+                output_params=["-crf", str(crf), "-movflags", "+faststart"])
     temporary.replace(path)  # a film that is there is whole
 
 

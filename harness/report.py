@@ -165,7 +165,7 @@ def markdown(results: dict) -> str:
         header = ["", *labels, *(f"{label} − {labels[0]}" for label in others)]
         lines = [header, ["---", *["---:"] * (len(header) - 1)]]
         lines += [[row_name(row), *(" ".join(success(row, label)).strip() for label in labels),
-                   *(" ".join(difference(row, label)).strip() for label in others)] for row in rows]  # fmt: skip
+                   *(" ".join(difference(row, label)).strip() for label in others)] for row in rows]
         return "\n".join("| " + " | ".join(entry.replace("|", "\\|") for entry in line) + " |" for line in lines)
 
     parts = [f"## {results['env_id']} ({results['obs_mode']})"]
@@ -209,14 +209,14 @@ def html(results: dict, curves: dict[str, list[dict]], films: Sequence[Film]) ->
         drawn=(seeds, algorithms) if seeds else (results["rows"], labels), paired=has_baseline(results), suites=is_suites(results),
         curve_chart=Markup(charts.curves([(label, labels[label], curve) for label, curve in curves.items()])) if curves else "",
         explanation=explanation(results),
-    )  # fmt: skip
+    )
 
 
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).with_name("templates")), autoescape=True, undefined=StrictUndefined,
     trim_blocks=True, lstrip_blocks=True,
-)  # fmt: skip
+)
 TEMPLATES.globals |= dict(
     chart=chart, difference=difference, family_name=family_name, headline=headline, row_name=row_name, success=success,
     variants=variants, colours=charts.COLOURS, theme=charts.THEME, dark=charts.DARK,
-)  # fmt: skip
+)

@@ -16,4 +16,4 @@ from pi_stepnft.policies.weights import CheckpointError, load_weights, read_json
 __all__ = [
     "CheckpointError", "Inputs", "NormStats", "Pi0", "Pi05", "Pi05Config", "Pi0Config", "Prefix", "Processor", "Tokenizer",
     "add_lora", "bundled", "export", "load", "load_weights", "read_json", "save",
-]  # fmt: skip
+]

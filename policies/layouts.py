@@ -45,7 +45,7 @@ RELATIVE_STEPS = ("relative_actions_processor", "delta_actions_processor")
 LEROBOT_FIELDS = dict(
     chunk_size="horizon", tokenizer_max_length="max_token_len", num_steps="num_steps", num_inference_steps="num_steps",
     min_period="min_period", max_period="max_period",
-)  # fmt: skip
+)
 # lerobot's normalisation modes that map a range onto [-1, 1], and the statistics that bound it.
 RANGES = {"MIN_MAX": ("min", "max"), "QUANTILES": ("q01", "q99"), "QUANTILE10": ("q10", "q90")}
 PADDING_TOLERANCE = 1e-6  # openpi's quantiles of a padded, hence constant, dimension are off by its histogram's margin, 1e-10

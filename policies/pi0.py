@@ -121,7 +121,7 @@ class Pi0Config:
             vision_width=128, vision_depth=4, vision_mlp=256, vision_heads=4,
             vlm_width=128, vlm_depth=3, vlm_mlp=256, expert_width=128, expert_mlp=256, heads=4, kv_heads=1, head_dim=32,
             vocab_size=768, max_token_len=16, state_dim=48, action_dim=8, horizon=8, num_steps=4,
-        )  # fmt: skip
+        )
         return cls.from_dict({**sizes, **overrides})
 
     @classmethod
@@ -246,7 +246,7 @@ class Pi0(nn.Module):
                 hidden_size=c.vision_width, intermediate_size=c.vision_mlp, num_hidden_layers=c.vision_depth,
                 num_attention_heads=c.vision_heads, image_size=c.image_size, patch_size=c.patch_size,
                 hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6, vision_use_head=False, attn_implementation="sdpa",
-            )  # fmt: skip
+            )
             self.vision_tower = SiglipVisionModel(vision)
             for module in self.vision_tower.modules():  # the same layers, computing in their input's precision
                 module.__class__ = {nn.Linear: Linear, nn.LayerNorm: LayerNorm}.get(type(module), type(module))

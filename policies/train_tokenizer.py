@@ -19,7 +19,7 @@ TARGET = Path(__file__).parent / "assets" / "tiny_tokenizer.model"
 VERBS = [
     "pick up", "pick", "grasp", "lift", "push", "pull", "move", "put", "place", "stack", "insert", "turn", "take",
     "reach",
-]  # fmt: skip
+]
 COLOURS = ["red", "green", "blue", "yellow", "black", "white", "orange", "purple", "brown", "pink", "grey"]
 OBJECTS = [
     "cube", "ball", "sphere", "block", "peg", "box", "can", "bowl", "plate", "mug", "cup", "bottle", "book", "pot",
@@ -27,14 +27,14 @@ OBJECTS = [
     "cream cheese", "butter", "milk", "carrot", "spoon", "towel", "eggplant", "banana", "apple", "tool", "charger",
     "plug", "tomato sauce", "ketchup", "orange juice", "chocolate pudding", "alphabet soup", "salad dressing",
     "bbq sauce", "ramekin", "cookie box",
-]  # fmt: skip
+]
 PLACES = [
     "on the table", "in the drawer", "on the plate", "in the bowl", "into the basket", "on top of the cabinet",
     "in the bin", "to the goal position", "to the target goal position", "to a goal region", "on the stove",
     "next to the plate", "to the left of the mug", "to the right of the box", "between the plate and the ramekin",
     "in front of the stove", "from table center", "at the back of the caddy", "in the top drawer of the cabinet",
     "in the bottom drawer",
-]  # fmt: skip
+]
 SENTENCES = [
     "Task: pick up the cube, State: ;\nAction: ",
     "Grasp a red cube and move it to a target goal position.",

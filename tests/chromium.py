@@ -30,7 +30,7 @@ class Page:
         self.process = subprocess.Popen(
             ["bash", "-c", command, EXECUTABLE, self.profile.name], pass_fds=(there, back), stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        )
         os.close(there)
         os.close(back)
         self.session = None

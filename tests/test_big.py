@@ -144,7 +144,7 @@ def test_new_adapters_change_nothing_and_only_they_and_the_projections_train(mak
     gradients(policy, inputs)
     with_gradient = {name.rpartition(".")[0] for name, p in policy.named_parameters() if p.grad is not None and p.grad.any()}
     never_read = {f"language_model.layers.{depth - 1}.{x}" for x in
-                  ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")}  # fmt: skip
+                  ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")}
     assert adapted - with_gradient == never_read
 
 
@@ -292,7 +292,7 @@ BRIEF = (
 
 def test_a_lora_run_in_bfloat16_is_resumed_as_if_never_interrupted(checkpoints, tmp_path):  # noqa: F811
     arguments = [*BRIEF, "--checkpoint", checkpoints["state"], "--train", "lora", "--dtype", "bfloat16", "--lora-rank", 4,
-                 "--gradient-checkpointing", "--micro-batch", 3]  # fmt: skip
+                 "--gradient-checkpointing", "--micro-batch", 3]
     straight = train(tmp_path / "straight", *arguments, "--iterations", 2)
     parts = train(tmp_path / "parts", *arguments, "--iterations", 1)
     first = weights(parts / "policy")

@@ -103,7 +103,7 @@ def result(success: list[float], *, seed: int = 1, algorithm: str = "ppo", steps
         command=f"python algos/{algorithm}.py --seed {seed}", env_id="Task-v1", obs_mode="state", seed=seed, checkpoint="start",
         env_steps=steps * (len(success) - 1), training_minutes=len(success) - 1, before=outcome(success[0]),
         after=outcome(success[-1]), args=dict(seed=seed, max_minutes=24.0), curve=curve,
-    ) | more  # fmt: skip
+    ) | more
 
 
 def store(root: Path, label: str, r: dict, folder: str = "") -> None:
@@ -149,7 +149,7 @@ def test_tuning_gives_every_algorithm_its_trials_on_other_episodes(root, monkeyp
     assert [job.label for job in jobs] == [
         "fake-default", "other-rate-2", "other-pi05-rate-2", "fake-rate-1e-5", "other-noise-0.5", "other-pi05-noise-0.5",
         "other-rate-3", "other-pi05-rate-3",
-    ]  # fmt: skip
+    ]
     assert all("--eval-seed 1000000000" in job.command and job.target.parent.name == "tuning" for job in jobs)
 
 
@@ -306,7 +306,7 @@ def test_the_program(root):
     assert "fake-Task-v1-state-3: missing" in dry.stdout and not list(root.glob("runs/fake-*"))
     ended = subprocess.run(call, capture_output=True, text=True)
     assert ended.returncode == 1 and ended.stderr.endswith(f"fake-Task-v1-state-2: exit status 1; the end of {root}"
-                                                           "/runs/compare/fake-Task-v1-state-2.log:\n")  # fmt: skip
+                                                           "/runs/compare/fake-Task-v1-state-2.log:\n")
     assert "| fake | 3 |" in (root / "docs" / "comparison.md").read_text()
     waiting = subprocess.Popen([*call[:-2], "4", "--extra=--wait"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not list(root.glob("runs/fake-Task-v1-state-4-*/checkpoints/last/training.json")):
@@ -385,10 +385,10 @@ def test_report_separates_algorithms_ablations_and_trials(root):
     assert text.split("```")[1].split("\n")[1:-1] == [
         "python algos/ppo.py --seed 1", "python algos/stepnft_pi0.py --seed 1", "python algos/stepnft_pi0.py --seed 2",
         wmse.format(1), wmse.format(2), "python algos/ppo.py --learning-rate 1",
-    ]  # fmt: skip
+    ]
     assert sorted(path.name for path in (root / "docs" / "images").iterdir()) == [
         "ablations_Task-v1_state.png", "comparison_Task-v1_state.png", "ppo_Task-v1_state.png", "stepnft_Task-v1_state.png",
-    ]  # fmt: skip
+    ]
     compare.report()
     assert (root / "docs" / "comparison.md").read_text() == text
 

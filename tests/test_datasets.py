@@ -33,7 +33,7 @@ def episodes() -> list[dict]:
             state=rng.standard_normal((T, 8)).astype(np.float32), action=rng.uniform(-1, 1, (T, 7)).astype(np.float32), text=text,
         )
         for T, text in zip(LENGTHS, TEXTS)
-    ]  # fmt: skip
+    ]
 
 
 def same(data: demos.Demos, episodes: list[dict], texts=TEXTS, tolerance: float = 0) -> None:
@@ -92,7 +92,7 @@ def write_lerobot(folder: Path, episodes: list[dict], version: str, pictures: st
         | {"observation.state": dict(dtype="float32"), "action": dict(dtype="float32")},
         video_path="videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4" if three
         else "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4",
-    )  # fmt: skip
+    )
     tables, meta, first = [], [], 0
     for i, episode in enumerate(episodes):
         T = len(episode["action"])
@@ -103,7 +103,7 @@ def write_lerobot(folder: Path, episodes: list[dict], version: str, pictures: st
             columns |= {key: list(map(cell, episode["image"][:, j])) for j, key in enumerate(keys)}
         tables.append(pa.table({name: list(values) for name, values in columns.items()}))
         meta.append(dict(episode_index=i) | {f"videos/{key}/{name}": value for key in keys for name, value in
-                                             dict(chunk_index=0, file_index=0, from_timestamp=first / 10).items()})  # fmt: skip
+                                             dict(chunk_index=0, file_index=0, from_timestamp=first / 10).items()})
         first += T
     files = {f"data/chunk-000/episode_{i:06d}.parquet": table for i, table in enumerate(tables)}
     if three:
@@ -273,7 +273,7 @@ def test_what_a_file_lacks_is_named_in_one_line(spoil, named, tmp_path, episodes
     elif spoil in ("damaged parquet", "damaged info", "damaged picture", "no places of videos", "fewer frames"):
         path = tmp_path / "lerobot"
         write_lerobot(path, episodes, *{"damaged picture": ("v2.1", "image"), "no places of videos": ("v3.0", "video")}.get(
-            spoil, ("v2.1", "video")))  # fmt: skip
+            spoil, ("v2.1", "video")))
         file = path / "data/chunk-000/episode_000000.parquet"
         if spoil == "damaged parquet":
             file.write_bytes(file.read_bytes()[:100])

@@ -111,14 +111,14 @@ def test_states_and_grasps_are_those_of_maniskills_own_step(env_id, pick):
     theirs = gym.make(
         env_id, num_envs=1, obs_mode="state", control_mode="pd_ee_delta_pose", reward_mode="sparse",
         sim_backend="physx_cpu", render_backend="cpu",
-    )  # fmt: skip
+    )
     rise = np.array([0, 0, 0.3, 0, 0, 0, 0], np.float32)  # away from the table
     beyond = np.tile(np.array([1, 0.5, 0.5, 0, 0, 0, 1], np.float32), (24, 1))  # soon out of the arm's reach
     expert = demos.demonstrate(ours, seed=5, noise=0.0)
     grasped = []
     # Contacts magnify differences of rounding: ManiSkill differs as much from itself when its actions differ by 1e-6.
     for seed, actions, tolerance in [(6, random_actions(6, 24) + rise, 1e-4), (7, random_actions(7, 24) + rise, 1e-4),
-                                     (1, beyond, 1e-4), (5, expert["action"], 1e-3)]:  # fmt: skip
+                                     (1, beyond, 1e-4), (5, expert["action"], 1e-3)]:
         ours.reset(seed)
         obs, _ = theirs.reset(seed=seed)
         np.testing.assert_allclose(observe(ours)[1], obs[0].numpy(), atol=1e-6)
@@ -138,7 +138,7 @@ def test_states_and_grasps_are_those_of_maniskills_own_step(env_id, pick):
 def test_the_dense_reward_is_maniskills_summed_over_the_chunk(solved):
     ours = maniskill.ManiSkillEnv(ManiSkillSpec("PickCube-v1", obs_mode="state", reward_mode="normalized_dense"))
     theirs = gym.make("PickCube-v1", obs_mode="state", control_mode="pd_ee_delta_pose", reward_mode="normalized_dense",
-                      sim_backend="physx_cpu", render_backend="cpu")  # fmt: skip
+                      sim_backend="physx_cpu", render_backend="cpu")
     ours.reset(solved[0]["seed"])
     theirs.reset(seed=solved[0]["seed"])
     actions = solved[0]["action"][:8]
@@ -362,7 +362,7 @@ def test_bad_actions_and_seeds_are_told_in_one_line(pool):
     for bad in (lambda: pool.step(np.zeros((4, 7))), lambda: pool.step(np.zeros((3, 8, 7))), lambda: pool.step(np.zeros((4, 8, 6))),
                 lambda: pool.step(nan), lambda: pool.reset(seed=[1, 2]), lambda: pool.reset(seed=-1),
                 lambda: pool.reset(seed=2**32 - 3), lambda: pool.reset(seed=[0, 1, 2, 2**63]), lambda: pool.reset(seed=[0.5] * 4),
-                lambda: pool.reset(options={"reset_mask": [True]})):  # fmt: skip
+                lambda: pool.reset(options={"reset_mask": [True]})):
         with pytest.raises(EnvError) as error:
             bad()
         assert "\n" not in str(error.value)

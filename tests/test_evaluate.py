@@ -136,7 +136,7 @@ def test_the_intervals_cover_what_they_should(variants):
 
 FAMILIES = {
     TASK: "id", f"{TASK}/vision-a-1": "vision", f"{TASK}/vision-a-2": "vision", f"{TASK}/execution-b-1": "execution"
-}  # fmt: skip
+}
 
 
 def made_up(labels=("SFT", "StepNFT"), episodes=40) -> dict[str, dict[str, np.ndarray]]:
@@ -301,7 +301,7 @@ def made_up_results(labels=("SFT", "StepNFT")) -> dict:
         env_id=TASK, obs_mode="rgb", episodes=40, eval_seed=envs.EVAL_SEED, num_envs=40, date="2026-01-31",
         command="python algos/evaluate.py a b", rows=summarise(made_up(labels), FAMILIES), versions=dict(python="3.11"),
         checkpoints=[dict(label=label, checkpoint=f"runs/{i}") for i, label in enumerate(labels)],
-    )  # fmt: skip
+    )
 
 
 def test_markdown_has_a_row_per_family_and_variant():
@@ -309,7 +309,7 @@ def test_markdown_has_a_row_per_family_and_variant():
     rows = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("|")]
     assert [row for row in rows if row not in ("", "---")] == [
         "In distribution", "Vision", "Execution", "OOD mean", "a, mild", "a, strong", "b, mild"
-    ]  # fmt: skip
+    ]
     results = made_up_results()
     policy = results["rows"][0]["policies"]["StepNFT"]
     assert f"{100 * policy['success']:.1f} [{100 * policy['interval'][0]:.1f}, " in text
@@ -411,7 +411,7 @@ def trained(tmp_path_factory):
 def arguments(trained):
     policy = trained[0] / "policy"
     return [SFT, policy, "--labels", "SFT", "StepNFT", "--suites", "id", "execution-robot_noise-2", "--num-envs", 8,
-            "--episodes", 12, "--video-episodes", 1, "--render-best-of", 1, "--num-threads", 1]  # fmt: skip
+            "--episodes", 12, "--video-episodes", 1, "--render-best-of", 1, "--num-threads", 1]
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ SMALL = dict(
     image_size=24, patch_size=12, num_cameras=3, vision_width=16, vision_depth=2, vision_mlp=24, vision_heads=2,
     vlm_width=24, vlm_depth=2, vlm_mlp=40, expert_width=16, expert_mlp=32, heads=4, kv_heads=1, head_dim=8,
     vocab_size=768, max_token_len=60, state_dim=5, action_dim=5, horizon=3,
-)  # fmt: skip
+)
 UNSEEN = dict(head_dim=8, vision_heads=2)  # what shapes do not tell
 REST = dict(horizon=3, max_token_len=60)  # what the configuration of a folder tells, if it has one
 CLASSES = {"pi0": (Pi0, Pi0Config), "pi05": (Pi05, Pi05Config)}
@@ -120,7 +120,7 @@ def write_lerobot(folder, policy, steps=True, mode=None, relative=None, stats=No
         "type": c.type, "chunk_size": c.horizon, "tokenizer_max_length": c.max_token_len, "num_inference_steps": 4,
         "input_features": features, "output_features": {"action": {"type": "ACTION", "shape": [4]}},
         "normalization_mapping": modes, "min_period": 4e-3, "max_period": 4.0,
-    }  # fmt: skip
+    }
     (folder / "config.json").write_text(json.dumps(config))
     stats = stats or {
         "observation.state": processor.state_stats.to_dict(),
@@ -406,7 +406,7 @@ def test_only_needed_files_are_downloaded(tmp_path, monkeypatch):
             "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json",
             "assets/a/norm_stats.json", "a/b/norm_stats.json", "policy_preprocessor.json", "tokenizer.model",
             "policy_preprocessor_step_5_normalizer_processor.safetensors",
-        }  # fmt: skip
+        }
         others = {"README.md", "optimizer.pt", "pytorch_model.bin", "checkpoints/1/model.safetensors"}
         kept = filter_repo_objects(needed | others, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
         assert set(kept) == needed

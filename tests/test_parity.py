@@ -100,7 +100,7 @@ def transformers_pi0(policy: Pi0):
         ),
         chunk_size=c.horizon, max_state_dim=c.state_dim, max_action_dim=c.action_dim, num_inference_steps=10,
         loss_reduction="none",
-    )  # fmt: skip
+    )
     model = transformers.PI0ForConditionalGeneration(config).eval()
     theirs = {}
     for name, tensor in policy.state_dict().items():
@@ -235,7 +235,7 @@ def naive_velocity(w: dict[str, torch.Tensor], c: Pi0Config, inputs: dict, x_t: 
             torch.cat([linear(f"{names[s]}self_attn.{n}_proj", h) for s, (h, _) in normed.items()], dim=1)
             .unflatten(-1, (-1, c.head_dim)).transpose(1, 2)
             for n in "qkv"
-        )  # fmt: skip
+        )
         k, v = (x.repeat_interleave(c.heads // c.kv_heads, dim=1) for x in (rope(k), v))
         out = attend(rope(q), k, v, visible).transpose(1, 2).flatten(2)
         for s, part in zip(streams, out.split((P, T), dim=1)):

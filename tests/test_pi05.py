@@ -160,7 +160,7 @@ def test_frozen_vlm_gets_no_gradient_and_stays_in_eval_mode():
     with_gradient = {name for name, p in policy.named_parameters() if p.grad is not None}
     assert {name.split(".")[0] for name in with_gradient} == {
         "expert", "action_in_proj", "action_out_proj", "time_mlp_in", "time_mlp_out",
-    }  # fmt: skip
+    }
     assert with_gradient == {name for name, p in policy.named_parameters() if p.requires_grad}
     assert {id(p) for p in policy.expert_parameters()} == {id(p) for p in policy.parameters() if p.requires_grad}
     assert policy.expert.training and not any(m.training for m in policy.vlm_modules())

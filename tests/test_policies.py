@@ -20,7 +20,7 @@ SMALL = dict(
     image_size=24, patch_size=12, num_cameras=2, vision_width=16, vision_depth=2, vision_mlp=24, vision_heads=2,
     vlm_width=24, vlm_depth=3, vlm_mlp=40, expert_width=16, expert_mlp=32, heads=4, kv_heads=1, head_dim=8,
     vocab_size=768, max_token_len=6, state_dim=5, action_dim=4, horizon=3,
-)  # fmt: skip
+)
 
 
 def make_policy(seed: int = 0, **overrides) -> Pi0:
@@ -306,7 +306,7 @@ def test_linear_by_onednn_agrees_with_double_precision(monkeypatch, shape, bias)
         for inputs, module in ((x, layer), (x_exact, exact)):
             module(inputs).backward(gradient.to(inputs.dtype))
         for ours, reference in zip((layer(x), x.grad, *(p.grad for p in layer.parameters())),
-                                   (exact(x_exact), x_exact.grad, *(p.grad for p in exact.parameters()))):  # fmt: skip
+                                   (exact(x_exact), x_exact.grad, *(p.grad for p in exact.parameters()))):
             assert ours.shape == reference.shape and torch.allclose(ours.double(), reference, rtol=1e-5, atol=1e-4)
     with torch.inference_mode():
         assert torch.allclose(layer(x).double(), exact(x_exact), rtol=1e-5, atol=1e-5)

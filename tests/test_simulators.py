@@ -82,7 +82,7 @@ def test_ids_find_their_simulator_and_the_table_imports_none():
     [("PokeCube-v1", "poke cube"), ("FMBAssembly1Easy-v1", "fmb assembly 1 easy"), ("MS-AntRun-v1", "ms ant run"),
      ("UnitreeG1PlaceAppleInBowl-v1", "unitree g1 place apple in bowl"), ("my_tasks:MyPickCube-v1", "my pick cube"),
      ("PickCube-v1/semantic-object_color-2", "pick up the blue cube and move it to the goal")],
-)  # fmt: skip
+)
 def test_instructions_are_words(env_id, words):
     assert envs.SIMULATORS["maniskill"].instruction(env_id) == words
 

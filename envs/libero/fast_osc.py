@@ -38,7 +38,7 @@ def supported(base) -> bool:
         not others and type(robot.gripper) is PandaGripper and type(c) is OperationalSpaceController
         and c.impedance_mode == "fixed" and c.use_ori and c.use_delta and c.uncoupling
         and all(x is None for x in (c.interpolator_pos, c.interpolator_ori, c.position_limits, c.orientation_limits))
-    )  # fmt: skip
+    )
 
 
 class Stepper:

@@ -13,7 +13,7 @@ from pi_stepnft.envs.libero import tasks
 CHOICES = dict(
     orientation=("axis_angle", "quaternion"), gripper_close=(1, -1), initial_states=("auto", "fixed", "sampled"),
     language=("bddl", "name"),
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)

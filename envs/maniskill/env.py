@@ -61,7 +61,7 @@ def create(spec: ManiSkillSpec, num_envs: int, backend: str) -> gym.Env:
         ) from error
     except (KeyError, NotImplementedError, AssertionError, TypeError, AttributeError) as error:
         given = ", ".join(f"{name}={getattr(spec, name)!r}" for name in ("control_mode", "reward_mode", "robot", "kwargs")
-                          if getattr(spec, name) not in (None, {}))  # fmt: skip
+                          if getattr(spec, name) not in (None, {}))
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise EnvError(f"{spec.env_id} could not be created with {given}: {reason}") from error
     if not isinstance(env.unwrapped.single_action_space, gym.spaces.Box):

@@ -115,7 +115,7 @@ VISION: dict[str, Pair] = {
     ),
     "vision-camera_pose": (Change(camera=(10, 3)), Change(camera=(-25, 8))),
     "vision-image_noise": (Change(image_noise=15), Change(image_noise=45)),
-}  # fmt: skip
+}
 
 EXECUTION: dict[str, Pair] = {
     "execution-robot_pose": (Change(joints=(0.13,)), Change(joints=(-0.25,))),  # the tool 8 and 15 cm to the side

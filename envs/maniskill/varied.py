@@ -30,7 +30,7 @@ from pi_stepnft.envs.maniskill.variants import (
     find,
     task_of,
     variants,
-)  # fmt: skip
+)
 
 
 class Varied:
