@@ -8,7 +8,6 @@ import csv
 import hashlib
 import importlib.metadata
 import json
-import shlex
 import sys
 import time
 from collections import Counter
@@ -27,8 +26,8 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from pi_stepnft import envs, policies
-from pi_stepnft.harness import charts, films, report
+from pi_stepnft import envs, harness, policies
+from pi_stepnft.harness import Count, CountOrZero, RunError, Seed, charts, films, report
 from pi_stepnft.harness.evaluation import Evaluation, evaluate
 from pi_stepnft.harness.statistics import over_seeds, summarise
 
@@ -47,16 +46,18 @@ class Args:
     """ManiSkill task, LIBERO suite or one of its tasks; default: the one that the checkpoints were trained on"""
     obs_mode: Literal["rgb", "state"] | None = None
     """default: the checkpoints'"""
-    episodes: int = 100
+    env_options: tuple[str, ...] | None = None
+    """options of the environments as name=value (docs/environments.md); default: those that the checkpoints were trained with"""
+    episodes: Count = 100
     """episodes per checkpoint and environment, with seeds --eval-seed, --eval-seed + 1, …; of a LIBERO suite the episodes of all
     tasks together: 500 are 50 of each, the field's protocol"""
-    eval_seed: int = envs.EVAL_SEED
+    eval_seed: Seed = envs.EVAL_SEED
     """first seed; choose settings on others (envs.TUNING_SEED) than those you report on"""
-    num_envs: int = 64
+    num_envs: Count = 64
     """environments side by side; the noise of an episode depends on it: as in training for the same outcomes"""
-    execute: int = 0
+    execute: CountOrZero = 0
     """actions executed of each predicted chunk; 0: as in each checkpoint"""
-    num_steps: int = 0
+    num_steps: CountOrZero = 0
     """solver steps; 0: as in each checkpoint"""
     output: str | None = None
     """folder of the results; default: runs/eval-<task>-<mode>-<digest of the checkpoints>. What it holds already is not repeated"""
@@ -64,18 +65,18 @@ class Args:
     # videos
     video: bool = True
     """write videos and show them in the report"""
-    video_episodes: int = 4
+    video_episodes: CountOrZero = 4
     """episodes in each environment's video, the first ones, with a row for each checkpoint; 0: no such videos"""
-    render_best_of: int = 4
+    render_best_of: CountOrZero = 4
     """in the first environment, for each checkpoint: a video of so many of its shortest successes above as many of its failures;
     0: no such videos"""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """precision of the computation, with the published float32 parts"""
-    num_threads: int = 0
+    num_threads: CountOrZero = 0
     """torch threads; 0: one per core"""
-    device: str = "auto"
-    """cpu, cuda, or auto"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where the policies compute; auto: cuda where there is one"""
 
 
 @dataclass
@@ -134,10 +135,10 @@ def learning_curve(folder: Path) -> list[dict] | None:
 
 
 def agree(what: str, values: dict[str, Any], hint: str = "") -> Any:
-    """The value that all checkpoints share. Raises EnvError where they do not."""
+    """The value that all checkpoints share. Raises RunError where they do not."""
     if len(set(values.values())) > 1:
         listed = ", ".join(f"{label}: {value}" for label, value in values.items())
-        raise envs.EnvError(f"the checkpoints differ in their {what} ({listed}): evaluate them one by one{hint}")
+        raise RunError(f"the checkpoints differ in their {what} ({listed}): evaluate them one by one{hint}")
     return next(iter(values.values()))
 
 
@@ -177,179 +178,167 @@ def choose_films(
 
 
 def check(args: Args) -> None:
-    """Raise envs.EnvError, in one line, for arguments that cannot work."""
+    """Raise RunError, in one line, for arguments that cannot work."""
     if not args.checkpoints:
-        raise envs.EnvError(f"no checkpoint given: name folders, or some of {', '.join(policies.bundled())}, before all options")
-    for name in ("episodes", "num_envs"):
-        if getattr(args, name) < 1:
-            raise envs.EnvError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    for name in ("execute", "num_steps", "eval_seed", "video_episodes", "render_best_of", "num_threads"):
-        if getattr(args, name) < 0:
-            raise envs.EnvError(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
-    if args.eval_seed + args.episodes > 2**32:
-        raise envs.EnvError(f"--eval-seed {args.eval_seed} leaves no {args.episodes} seeds below 2^32")
+        raise RunError(f"no checkpoint given: name folders, or some of {', '.join(policies.bundled())}, before all options")
+    harness.check(args)
     if args.labels and (len(args.labels) != len(args.checkpoints) or len(set(numbered(args.labels))) < len(args.labels)):
-        raise envs.EnvError(f"--labels takes one for each of the {len(args.checkpoints)} checkpoints, none like 'A 1' beside 'A'")
+        raise RunError(f"--labels takes one for each of the {len(args.checkpoints)} checkpoints, none like 'A 1' beside 'A'")
     if not args.suites:
-        raise envs.EnvError("--suites needs at least one of id and ood")
-    if args.device not in ("auto", "cpu", "cuda") or (args.device == "cuda" and not torch.cuda.is_available()):
-        raise envs.EnvError(f"--device must be auto, cpu, or cuda where PyTorch finds a GPU, got {args.device}")
+        raise RunError("--suites needs at least one of id and ood")
+
+
+def main(args: Args) -> None:
+    check(args)
+    torch.set_num_threads(args.num_threads or envs.num_cores())
+    device = harness.choose_device(args.device)
+
+    # Checkpoints
+    contestants = []
+    groups = list(args.labels) or default_labels(args.checkpoints)
+    for label, group, name in zip(numbered(groups), groups, tqdm(args.checkpoints, desc="loading checkpoints", leave=False)):
+        folder = policies.checkpoint.find(name)
+        policy = policies.load(name, device, getattr(torch, args.dtype)).eval()
+        execute = args.execute or policy.meta.get("execute", policy.config.horizon)
+        if execute > policy.config.horizon:
+            raise RunError(f"--execute {execute} is longer than the {policy.config.horizon} actions that {name} predicts")
+        num_steps = args.num_steps or policy.meta.get("num_steps", policy.config.num_steps)
+        contestants.append(Contestant(label, group, name, folder, policy, digest(folder), execute, num_steps))
+    if len({c.digest for c in contestants}) < len(contestants):
+        raise RunError("two of the checkpoints are the same: give each once")
+    modes = {c.label: c.policy.meta.get("obs_mode", "rgb" if c.policy.config.num_cameras else "state") for c in contestants}
+    obs_mode = agree("obs mode", modes)
+    if args.obs_mode not in (None, obs_mode):
+        raise RunError(f"{contestants[0].name} acts in {obs_mode} mode, not {args.obs_mode}: leave out --obs-mode")
+    env_id = args.env_id or agree("task", {c.label: c.policy.meta.get("env_id") for c in contestants}, ", or add --env-id")
+    if env_id is None:
+        raise RunError(f"{contestants[0].name} does not say what task it was trained on: add --env-id")
+    trained = {c.label: tuple(c.policy.meta.get("env_options", ())) for c in contestants}
+    given = agree("environment's options", trained, ", or add --env-options") if args.env_options is None else args.env_options
+    options = harness.env_options(given)
+    image_size = agree("image size", {c.label: c.policy.config.image_size * (obs_mode == "rgb") for c in contestants})
+    simulator = envs.simulator(env_id)
+    if env_id != simulator.task_of(env_id):
+        raise RunError(f"--env-id {env_id} is a variant: name its task there, and the variant in --suites")
+    envs.check(env_id)
+    environments, episodes = simulator.select(env_id, args.suites, obs_mode), args.episodes
+    if simulator.pooled:
+        sizes = Counter(environments.values())
+        if len(set(sizes.values())) > 1:
+            raise RunError(f"--suites: give suites of different size one by one (tasks: {dict(sizes)})")
+        size = next(iter(sizes.values()))
+        if episodes % size:
+            raise RunError(f"--episodes {episodes} must be a multiple of the {size} tasks of {next(iter(sizes))}")
+        episodes //= size
+    unique = hashlib.sha256("".join(c.digest for c in contestants).encode()).hexdigest()[:8]
+    output = Path(args.output or f"runs/eval-{env_id.replace('/', '-')}-{obs_mode}-{unique}")
+    (output / "episodes").mkdir(parents=True, exist_ok=True)
+    num_envs = min(args.num_envs, episodes)
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", *simulator.packages)}
+    versions |= dict(device=device.type, simulator="cuda" if simulator.on_gpu() else "cpu", dtype=args.dtype)
+    curves = {c.label: curve for c in contestants if (curve := learning_curve(c.folder))}
+
+    def open_environments(name: str):
+        """The same environments as in training, as many as there are episodes at once; the policies have to fit them."""
+        venv = envs.make(
+            name, num_envs, obs_mode=obs_mode, image_size=image_size or 96, video_size=224, chunk=1, observe_terminal=False,
+            **options,
+        )
+        atexit.register(venv.close)  # workers and shared memory go with the program, however it ends
+        for c in contestants:
+            harness.check_fit(c.policy, venv, c.name)
+        return venv
+
+    def stored(c: Contestant, name: str) -> tuple[Path, str]:
+        """Where the episodes of a checkpoint in an environment are kept, and all that they depend on."""
+        settings = dict(
+            sha256=c.digest, env_id=name, obs_mode=obs_mode, episodes=episodes, eval_seed=args.eval_seed,
+            num_envs=num_envs, execute=c.execute, num_steps=c.num_steps, versions=versions,
+        ) | (dict(env_options=options) if options else {})
+        return output / "episodes" / f"{name.replace('/', '-')}-{c.digest[:12]}.npz", json.dumps(settings)
+
+    def recall(c: Contestant, name: str) -> dict[str, np.ndarray] | None:
+        """These episodes, if they are there and were made in the same way."""
+        path, settings = stored(c, name)
+        if path.is_file():
+            with np.load(path) as data:
+                if str(data["settings"]) == settings:
+                    return dict(data)
+        return None
+
+    colours = {c.label: list(dict.fromkeys(groups)).index(c.group) for c in contestants}
+    outcomes: dict[str, dict[str, Evaluation]] = {c.label: {} for c in contestants}
+    shown: list[report.Film] = []
+
+    def write_results() -> None:
+        """All files but the episodes and films, of the environments that all checkpoints have been in."""
+        with open(output / "outcomes.csv", "w", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerow(["checkpoint", "environment", "family", "seed", "success", "steps"])
+            for label, evaluations in outcomes.items():
+                for name, result in evaluations.items():
+                    for seed, success, steps in zip(result.seeds, result.success, result.steps):
+                        rows.writerow([label, name, environments[name], seed, int(success), steps])
+        described = [
+            dict(label=c.label, group=c.group, checkpoint=c.name, type=c.policy.config.type, execute=c.execute,
+                 num_steps=c.num_steps, parameters=sum(p.numel() for p in c.policy.parameters()), sha256=c.digest)
+            for c in contestants
+        ]
+        ended = {label: {name: result.success for name, result in found.items()} for label, found in outcomes.items()}
+        rows = summarise(ended, environments, () if simulator.paired else environments.values())
+        results = dict(
+            command=harness.command_line(), commit=harness.commit(), date=time.strftime("%Y-%m-%d"), env_id=env_id,
+            obs_mode=obs_mode, episodes=episodes, eval_seed=args.eval_seed, num_envs=num_envs, rows=rows,
+            checkpoints=described, versions=dict(python=sys.version.split()[0], **versions),
+        )
+        if len(set(groups)) < len(groups):
+            results["group_rows"] = over_seeds(rows, ended, report.groups(results))
+        (output / "results.json").write_text(json.dumps(results, indent=2))
+        (output / "table.md").write_text(report.markdown(results))
+        (output / "report.html").write_text(report.html(results, curves, shown))
+
+    missing = sum(recall(c, name) is None for c in contestants for name in environments)
+    bar = tqdm(total=missing * episodes, unit="episode", desc="evaluation", smoothing=0, disable=not missing)
+    for number, (name, family) in enumerate(environments.items()):
+        venv, played, results = None, {}, {}
+        for c in contestants:
+            data = recall(c, name)
+            if data is None:
+                venv = venv or open_environments(name)
+                path, settings = stored(c, name)
+                data = play(venv, c, episodes, args.eval_seed, bar) | dict(settings=settings)
+                np.savez_compressed(path.with_suffix(".tmp.npz"), **data)
+                path.with_suffix(".tmp.npz").replace(path)  # what is there is whole
+            played[c.label] = data
+            results[c.label] = Evaluation(data["success"], data["steps"], args.eval_seed + np.arange(episodes))
+        for label, result in results.items():
+            outcomes[label][name] = result
+
+        best_of = args.render_best_of if number == 0 else 0
+        shots = choose_films(name, family, results, min(args.video_episodes, episodes), best_of) if args.video else []
+        for title, caption, rows in shots:
+            made_of = [(text, str(played[label]["settings"]), numbers) for text, label, numbers in rows]
+            unique = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:8]
+            film = report.Film(output / "videos" / f"{name.replace('/', '-')}-{unique}.mp4", title, caption)
+            if not film.path.is_file():
+                venv = venv or open_environments(name)
+                replayed = []
+                for text, label, numbers in rows:
+                    result, actions = results[label], played[label]["actions"]
+                    told = [actions[i, : result.steps[i]] for i in numbers]
+                    again = (venv, result.seeds[numbers], told, result.success[numbers])
+                    tiles = films.replay(*again, progress=f"video of {name}")
+                    replayed.append((text, charts.rgb(colours[label]), tiles))
+                films.write(film.path, venv.instruction, replayed)
+            shown.append(film)
+        if venv:
+            venv.close()
+        write_results()
+    bar.close()
+    print(report.markdown(json.loads((output / "results.json").read_text())).split("```")[0].strip())
+    print(f"\nreport.html, table.md, results.json and outcomes.csv in {output}")
 
 
 if __name__ == "__main__":
-    try:
-        args = tyro.cli(Args, description=__doc__)
-        check(args)
-        torch.set_num_threads(args.num_threads or envs.num_cores())
-        device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu"))
-
-        # Checkpoints
-        contestants = []
-        groups = list(args.labels) or default_labels(args.checkpoints)
-        for label, group, name in zip(numbered(groups), groups, tqdm(args.checkpoints, desc="loading checkpoints", leave=False)):
-            folder = policies.checkpoint.find(name)
-            policy = policies.load(name, device, getattr(torch, args.dtype)).eval()
-            execute = args.execute or policy.meta.get("execute", policy.config.horizon)
-            if execute > policy.config.horizon:
-                raise envs.EnvError(f"--execute {execute} is longer than the {policy.config.horizon} actions that {name} predicts")
-            num_steps = args.num_steps or policy.meta.get("num_steps", policy.config.num_steps)
-            contestants.append(Contestant(label, group, name, folder, policy, digest(folder), execute, num_steps))
-        if len({c.digest for c in contestants}) < len(contestants):
-            raise envs.EnvError("two of the checkpoints are the same: give each once")
-        modes = {c.label: c.policy.meta.get("obs_mode", "rgb" if c.policy.config.num_cameras else "state") for c in contestants}
-        obs_mode = agree("obs mode", modes)
-        if args.obs_mode not in (None, obs_mode):
-            raise envs.EnvError(f"{contestants[0].name} acts in {obs_mode} mode, not {args.obs_mode}: leave out --obs-mode")
-        env_id = args.env_id or agree("task", {c.label: c.policy.meta.get("env_id") for c in contestants}, ", or add --env-id")
-        if env_id is None:
-            raise envs.EnvError(f"{contestants[0].name} does not say what task it was trained on: add --env-id")
-        image_size = agree("image size", {c.label: c.policy.config.image_size * (obs_mode == "rgb") for c in contestants})
-        simulator = envs.simulator(env_id)
-        if env_id != simulator.task_of(env_id):
-            raise envs.EnvError(f"--env-id {env_id} is a variant: name its task there, and the variant in --suites")
-        envs.check(env_id)
-        environments, episodes = simulator.select(env_id, args.suites, obs_mode), args.episodes
-        if simulator.pooled:
-            sizes = Counter(environments.values())
-            if len(set(sizes.values())) > 1:
-                raise envs.EnvError(f"--suites: give suites of different size one by one (tasks: {dict(sizes)})")
-            size = next(iter(sizes.values()))
-            if episodes % size:
-                raise envs.EnvError(f"--episodes {episodes} must be a multiple of the {size} tasks of {next(iter(sizes))}")
-            episodes //= size
-        unique = hashlib.sha256("".join(c.digest for c in contestants).encode()).hexdigest()[:8]
-        output = Path(args.output or f"runs/eval-{env_id.replace('/', '-')}-{obs_mode}-{unique}")
-        (output / "episodes").mkdir(parents=True, exist_ok=True)
-        num_envs = min(args.num_envs, episodes)
-        versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", *simulator.packages)}
-        versions |= dict(device=device.type, simulator="cuda" if simulator.on_gpu() else "cpu", dtype=args.dtype)
-        curves = {c.label: curve for c in contestants if (curve := learning_curve(c.folder))}
-
-        def open_environments(name: str):
-            """The same environments as in training, as many as there are episodes at once; the policies have to fit them."""
-            venv = envs.make(
-                name, num_envs, obs_mode=obs_mode, image_size=image_size or 96, video_size=224,
-                chunk=1, observe_terminal=False,
-            )
-            atexit.register(venv.close)  # workers and shared memory go with the program, however it ends
-            for c in contestants:
-                for what, given, expected in (
-                    ("state", venv.single_observation_space["state"].shape[0], len(c.policy.processor.state_stats.mean)),
-                    ("action", venv.action_dim, len(c.policy.processor.action_stats.mean)),
-                ):
-                    if given != expected:
-                        raise envs.EnvError(f"{c.name} takes {expected} {what} dimensions, {name} has {given}: use its policy")
-            return venv
-
-        def stored(c: Contestant, name: str) -> tuple[Path, str]:
-            """Where the episodes of a checkpoint in an environment are kept, and all that they depend on."""
-            settings = dict(
-                sha256=c.digest, env_id=name, obs_mode=obs_mode, episodes=episodes, eval_seed=args.eval_seed,
-                num_envs=num_envs, execute=c.execute, num_steps=c.num_steps, versions=versions,
-            )
-            return output / "episodes" / f"{name.replace('/', '-')}-{c.digest[:12]}.npz", json.dumps(settings)
-
-        def recall(c: Contestant, name: str) -> dict[str, np.ndarray] | None:
-            """These episodes, if they are there and were made in the same way."""
-            path, settings = stored(c, name)
-            if path.is_file():
-                with np.load(path) as data:
-                    if str(data["settings"]) == settings:
-                        return dict(data)
-            return None
-
-        colours = {c.label: list(dict.fromkeys(groups)).index(c.group) for c in contestants}
-        outcomes: dict[str, dict[str, Evaluation]] = {c.label: {} for c in contestants}
-        shown: list[report.Film] = []
-
-        def write_results() -> None:
-            """All files but the episodes and films, of the environments that all checkpoints have been in."""
-            with open(output / "outcomes.csv", "w", newline="") as file:
-                rows = csv.writer(file)
-                rows.writerow(["checkpoint", "environment", "family", "seed", "success", "steps"])
-                for label, evaluations in outcomes.items():
-                    for name, result in evaluations.items():
-                        for seed, success, steps in zip(result.seeds, result.success, result.steps):
-                            rows.writerow([label, name, environments[name], seed, int(success), steps])
-            described = [
-                dict(label=c.label, group=c.group, checkpoint=c.name, type=c.policy.config.type, execute=c.execute,
-                     num_steps=c.num_steps, parameters=sum(p.numel() for p in c.policy.parameters()), sha256=c.digest)
-                for c in contestants
-            ]
-            ended = {label: {name: result.success for name, result in found.items()} for label, found in outcomes.items()}
-            rows = summarise(ended, environments, () if simulator.paired else environments.values())
-            results = dict(
-                command="python " + shlex.join(sys.argv), date=time.strftime("%Y-%m-%d"), env_id=env_id, obs_mode=obs_mode,
-                episodes=episodes, eval_seed=args.eval_seed, num_envs=num_envs, rows=rows,
-                checkpoints=described, versions=dict(python=sys.version.split()[0], **versions),
-            )
-            if len(set(groups)) < len(groups):
-                results["group_rows"] = over_seeds(rows, ended, report.groups(results))
-            (output / "results.json").write_text(json.dumps(results, indent=2))
-            (output / "table.md").write_text(report.markdown(results))
-            (output / "report.html").write_text(report.html(results, curves, shown))
-
-        missing = sum(recall(c, name) is None for c in contestants for name in environments)
-        bar = tqdm(total=missing * episodes, unit="episode", desc="evaluation", smoothing=0, disable=not missing)
-        for number, (name, family) in enumerate(environments.items()):
-            venv, played, results = None, {}, {}
-            for c in contestants:
-                data = recall(c, name)
-                if data is None:
-                    venv = venv or open_environments(name)
-                    path, settings = stored(c, name)
-                    data = play(venv, c, episodes, args.eval_seed, bar) | dict(settings=settings)
-                    np.savez_compressed(path.with_suffix(".tmp.npz"), **data)
-                    path.with_suffix(".tmp.npz").replace(path)  # what is there is whole
-                played[c.label] = data
-                results[c.label] = Evaluation(data["success"], data["steps"], args.eval_seed + np.arange(episodes))
-            for label, result in results.items():
-                outcomes[label][name] = result
-
-            best_of = args.render_best_of if number == 0 else 0
-            shots = choose_films(name, family, results, min(args.video_episodes, episodes), best_of) if args.video else []
-            for title, caption, rows in shots:
-                made_of = [(text, str(played[label]["settings"]), numbers) for text, label, numbers in rows]
-                unique = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:8]
-                film = report.Film(output / "videos" / f"{name.replace('/', '-')}-{unique}.mp4", title, caption)
-                if not film.path.is_file():
-                    venv = venv or open_environments(name)
-                    replayed = []
-                    for text, label, numbers in rows:
-                        result, actions = results[label], played[label]["actions"]
-                        told = [actions[i, : result.steps[i]] for i in numbers]
-                        again = (venv, result.seeds[numbers], told, result.success[numbers])
-                        tiles = films.replay(*again, progress=f"video of {name}")
-                        replayed.append((text, charts.rgb(colours[label]), tiles))
-                    films.write(film.path, venv.instruction, replayed)
-                shown.append(film)
-            if venv:
-                venv.close()
-            write_results()
-        bar.close()
-        print(report.markdown(json.loads((output / "results.json").read_text())).split("```")[0].strip())
-        print(f"\nreport.html, table.md, results.json and outcomes.csv in {output}")
-    except (envs.EnvError, policies.CheckpointError, OSError) as error:  # OSError: a full disk, a folder that is not ours
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on, and what is complete is in the output folder")
+    with harness.one_line_errors("the same command goes on, and what is complete is in the output folder"):
+        main(harness.parse(Args, __doc__))

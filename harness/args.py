@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -144,7 +145,7 @@ def check(args: Any) -> None:
         first = error.errors()[0]
         limit = LIMITS.get(first["type"], first["msg"].removeprefix("Input should be ")).format(**first.get("ctx", {}))
         raise RunError(f"{option(str(first['loc'][0]))} must be {limit}, got {first['input']}") from None
-    env_options(args)
+    env_options(getattr(args, "env_options", None) or ())
     if getattr(args, "track", False) and importlib.util.find_spec("wandb") is None:
         raise RunError("--track needs Weights & Biases: pip install wandb")
     if getattr(args, "train", "all") != "expert" and getattr(args, "prefix_cache", None) in ("device", "cpu"):
@@ -153,15 +154,15 @@ def check(args: Any) -> None:
     group_size = getattr(args, "group_size", 1)
     if getattr(args, "num_envs", group_size) % group_size:
         raise RunError(f"--num-envs {args.num_envs} must be a multiple of --group-size {group_size}")
-    episodes = max((getattr(args, name, 0) for name in ("eval_episodes", "final_eval_episodes")), default=0)
+    episodes = max(getattr(args, name, 0) for name in ("episodes", "eval_episodes", "final_eval_episodes"))
     if getattr(args, "eval_seed", 0) + episodes > 2**32:
         raise RunError(f"--eval-seed {args.eval_seed} leaves no {episodes} seeds below 2^32")
 
 
-def env_options(args: Any) -> dict[str, Any]:
+def env_options(texts: Iterable[str]) -> dict[str, Any]:
     """--env-options as keyword arguments of `envs.make`; a value is JSON where it can be read as that, otherwise text."""
     options = {}
-    for text in args.env_options:
+    for text in texts:
         name, equals, value = text.partition("=")
         if not (equals and name.isidentifier()):
             raise RunError(f"--env-options takes name=value, got {text!r}")
@@ -180,12 +181,12 @@ def parse(Args: type[A], description: str, presets: dict[str, dict] | None = Non
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that knows no θ gets a question mark, not a traceback
             stream.reconfigure(errors="replace")
-    default = Args()
+    default = None
     if presets:
         early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         early.add_argument("--paper")
-        default = replace(default, **presets.get(early.parse_known_args()[0].paper, {}))
-    args = expanded(tyro.cli(Args, default=default, description=description))
+        default = replace(Args(), **presets.get(early.parse_known_args()[0].paper, {}))
+    args = expanded(tyro.cli(Args, description=description, **(dict(default=default) if presets else {})))
     return resumed(args) if getattr(args, "resume", None) else args
 
 

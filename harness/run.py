@@ -283,6 +283,8 @@ class Run:
         made = {"iteration": self.iteration, "env_steps": self.env_steps, "seed": args.seed}
         for policy in self.trained.values():
             policy.meta = policy.meta | {"execute": self.execute, "num_steps": args.num_steps, self.algorithm: made}
+            if args.env_options:
+                policy.meta["env_options"] = list(args.env_options)
         progress = {name: getattr(self, name) for name in PROGRESS}
         checkpoints.save(self.folder, self.trained, self.optimizer, self.rng, progress, self.unsaved, args.keep)
         self._saved, self._saved_at = self.iteration, time.time()
@@ -337,7 +339,7 @@ def adapt(policy: policies.Pi0, args: TrainArgs) -> policies.Pi0:
 
 def make_envs(args: TaskArgs, **fixed: Any):
     """`envs.make` with --env-options, closed when the program ends, however it does. fixed: what the program decides itself."""
-    options, fixed = env_options(args), fixed | dict(env_id=args.env_id, obs_mode=args.obs_mode, seed=args.seed)
+    options, fixed = env_options(args.env_options), fixed | dict(env_id=args.env_id, obs_mode=args.obs_mode, seed=args.seed)
     if taken := sorted(set(options) & set(fixed)):
         raise RunError(f"--env-options {taken[0]}={options[taken[0]]}: {taken[0]} is {fixed[taken[0]]!r} here, by the program's "
                        "other options or the policy")
@@ -449,11 +451,11 @@ def write_json(path: Path, content: Any) -> None:
 
 
 @contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """End the program with one line, not a traceback, for what a user can put right."""
+def one_line_errors(hint: str = "") -> Iterator[None]:
+    """End the program with one line, not a traceback, for what a user can put right. hint: what an interruption leaves."""
     try:
         yield
     except (RunError, envs.EnvError, policies.CheckpointError, OSError) as error:  # OSError: a full disk, a folder that is not ours
         sys.exit(f"error: {error}")
     except KeyboardInterrupt as error:
-        sys.exit(f"interrupted; {error}" if error.args else "interrupted")
+        sys.exit("; ".join(["interrupted", *map(str, error.args), *([hint] if hint else [])]))

@@ -18,7 +18,7 @@ import tyro
 from scipy.stats import binomtest, t
 from test_main import checkpoints, one_thread, only_run, refusal, run  # noqa: F401 (two are fixtures)
 
-from pi_stepnft import envs
+from pi_stepnft import envs, harness
 from pi_stepnft.algos import evaluate
 from pi_stepnft.harness import charts, evaluation, films, report
 from pi_stepnft.harness.evaluation import Evaluation
@@ -250,7 +250,7 @@ def test_films_show_the_first_episodes_and_the_best_and_worst():
     ],
 )
 def test_arguments_that_cannot_work_are_named_in_one_line(arguments, named):
-    with pytest.raises(envs.EnvError) as error:
+    with pytest.raises(harness.RunError) as error:
         evaluate.check(evaluate.Args(**dict(checkpoints=("somewhere",)) | arguments))
     assert named in str(error.value) and "\n" not in str(error.value)
 
