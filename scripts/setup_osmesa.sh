@@ -11,7 +11,7 @@ if [ -z "$python" ]; then
   if [ -x .venv/bin/python ]; then python=.venv/bin/python; fi
 fi
 
-check() { "$python" -m pi_stepnft.envs.libero.tasks; }
+check() { "$python" -m pi_stepnft.envs.libero; }
 if check >/dev/null 2>&1; then exit 0; fi
 
 as_root=()

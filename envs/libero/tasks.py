@@ -102,12 +102,3 @@ def check_expert(env_id: str) -> None:
     suite, _, number = env_id.partition("/")
     if suite not in WITH_EXPERT or not number:
         raise no_expert(env_id, f"a single task of {' or '.join(WITH_EXPERT)}, such as {WITH_EXPERT[0]}/0")
-
-
-if __name__ == "__main__":  # is there a renderer? python -m pi_stepnft.envs.libero.tasks
-    import sys
-
-    try:
-        choose_gl()
-    except EnvError as error:
-        sys.exit(f"error: {error}")
