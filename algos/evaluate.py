@@ -231,7 +231,7 @@ def main(args: Args) -> None:
             raise RunError(f"--episodes {episodes} must be a multiple of the {size} tasks of {next(iter(sizes))}")
         episodes //= size
     unique = hashlib.sha256("".join(c.digest for c in contestants).encode()).hexdigest()[:8]
-    output = Path(args.output or f"runs/eval-{env_id.replace('/', '-')}-{obs_mode}-{unique}")
+    output = Path(args.output or f"runs/eval-{harness.slug(env_id)}-{obs_mode}-{unique}")
     (output / "episodes").mkdir(parents=True, exist_ok=True)
     num_envs = min(args.num_envs, episodes)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", *simulator.packages)}
@@ -255,7 +255,7 @@ def main(args: Args) -> None:
             sha256=c.digest, env_id=name, obs_mode=obs_mode, episodes=episodes, eval_seed=args.eval_seed,
             num_envs=num_envs, execute=c.execute, num_steps=c.num_steps, versions=versions,
         ) | (dict(env_options=options) if options else {})
-        return output / "episodes" / f"{name.replace('/', '-')}-{c.digest[:12]}.npz", json.dumps(settings)
+        return output / "episodes" / f"{harness.slug(name)}-{c.digest[:12]}.npz", json.dumps(settings)
 
     def recall(c: Contestant, name: str) -> dict[str, np.ndarray] | None:
         """These episodes, if they are there and were made in the same way."""
@@ -319,7 +319,7 @@ def main(args: Args) -> None:
         for title, caption, rows in shots:
             made_of = [(text, str(played[label]["settings"]), numbers) for text, label, numbers in rows]
             unique = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:8]
-            film = report.Film(output / "videos" / f"{name.replace('/', '-')}-{unique}.mp4", title, caption)
+            film = report.Film(output / "videos" / f"{harness.slug(name)}-{unique}.mp4", title, caption)
             if not film.path.is_file():
                 venv = venv or open_environments(name)
                 replayed = []

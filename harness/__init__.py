@@ -32,6 +32,7 @@ from pi_stepnft.harness.run import (
     open_logs,
     run_name,
     set_up,
+    slug,
     task_name,
 )
 from pi_stepnft.harness.storage import Prefixes, Rows, memory_gb
@@ -39,5 +40,5 @@ from pi_stepnft.harness.storage import Prefixes, Rows, memory_gb
 __all__ = [
     "Averages", "Count", "CountOrZero", "Positive", "PositiveOrZero", "Prefixes", "RLArgs", "Rows", "Run", "RunError", "Seed",
     "Share", "TaskArgs", "TrainArgs", "adapt", "check", "check_fit", "choose_device", "command", "command_line", "commit",
-    "env_options", "make_envs", "memory_gb", "one_line_errors", "open_logs", "parse", "run_name", "set_up", "task_name",
+    "env_options", "make_envs", "memory_gb", "one_line_errors", "open_logs", "parse", "run_name", "set_up", "slug", "task_name",
 ]

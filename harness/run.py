@@ -379,7 +379,12 @@ def bundled_start(env_id: str, obs_mode: str, policy_type: str) -> str:
 
 def task_name(args: TaskArgs) -> str:
     """The task and its options as a part of a file's name."""
-    return re.sub(r"[^\w.=-]+", "-", "-".join((args.env_id, *args.env_options)))
+    return slug("-".join((args.env_id, *args.env_options)))
+
+
+def slug(text: str) -> str:
+    """The text as a part of a file's name: "my_tasks:MyTask-v1" → "my_tasks-MyTask-v1"."""
+    return re.sub(r"[^\w.=-]+", "-", text)
 
 
 def run_name(algorithm: str, policy_type: str, args: TaskArgs) -> str:

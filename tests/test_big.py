@@ -10,7 +10,7 @@ from test_main import checkpoints, one_thread, run, same, scalars, train, weight
 from test_pi05 import random_policy
 from test_policies import encode, make_inputs, make_policy, velocity
 
-from pi_stepnft import envs, harness, policies
+from pi_stepnft import harness, policies
 from pi_stepnft.algos import stepnft_pi0 as nft
 from pi_stepnft.policies.lora import LoRALinear
 
@@ -272,14 +272,14 @@ def test_memory_is_what_the_process_holds():
         (dict(train="lora", prefix_cache="cpu"), "--prefix-cache cpu needs a frozen VLM"),
         (dict(micro_batch=-1), "--micro-batch"),
         (dict(lora_rank=0), "--lora-rank must be at least 1"),
-        (dict(lora_alpha=0.0), "--lora-alpha must be positive"),
+        (dict(lora_alpha=0.0), "--lora-alpha must be greater than 0"),
     ],
 )
 def test_combinations_that_cannot_work_are_named_in_one_line(arguments, named):
-    with pytest.raises(envs.EnvError) as error:
-        nft.check(nft.Args(**arguments))
+    with pytest.raises(harness.RunError) as error:
+        harness.check(nft.Args(**arguments))
     assert named in str(error.value) and "\n" not in str(error.value)
-    nft.check(nft.Args(train="all", prefix_cache="off", micro_batch=1))
+    harness.check(nft.Args(train="all", prefix_cache="off", micro_batch=1))
 
 
 # -------------------------------------------------------------------------------------------------------------- the program

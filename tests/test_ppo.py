@@ -8,14 +8,15 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import test_main
 import torch
 from test_main import one_thread, only_run, random_checkpoint, refusal, run, same, scalars, weights  # noqa: F401 (a fixture)
 from test_pi05 import random_policy
 from torch import nn
 from torch.distributions import Normal
 
-from pi_stepnft import envs, policies
-from pi_stepnft.algos import ppo_pi0, ppo_pi05, stepnft_pi0
+from pi_stepnft import envs, harness, policies
+from pi_stepnft.algos import ppo, stepnft_pi0
 
 K, NOISE = 4, 0.5  # the authors' solver
 SOLVER = dict(num_steps=K, noise_level=NOISE)
@@ -27,12 +28,11 @@ class Case(SimpleNamespace):
 
     def __init__(self, noise: str, kind: str = "pi0", batch: int = 32):
         torch.manual_seed(0)
-        module = {"pi0": ppo_pi0, "pi05": ppo_pi05}[kind]
         policy = policies.Pi0(policies.Pi0Config.tiny(num_cameras=0)) if kind == "pi0" else random_policy(num_cameras=0)
         c = policy.config
         nn.init.normal_(policy.action_out_proj.weight, std=0.1)
-        value_head = module.ValueHead(c.expert_width if kind == "pi0" else 2 * c.kv_heads * c.head_dim)
-        noise_head = module.NoiseHead(c.expert_width, c.action_dim, 0.08, 0.16) if noise == "learned" else None
+        value_head = ppo.ValueHead(policy.critic_width)
+        noise_head = ppo.NoiseHead(c.expert_width, c.action_dim, 0.08, 0.16) if noise == "learned" else None
         for head in filter(None, (value_head, noise_head)):
             nn.init.normal_(head.net[-1].weight, std=1.0)  # values and deviations that differ
         tokens = torch.randint(3, 448, (batch, c.max_token_len))
@@ -41,14 +41,12 @@ class Case(SimpleNamespace):
         with torch.no_grad():
             prefix = policy.eval().encode_prefix(None, None, tokens, torch.ones_like(tokens))
         state = torch.randn(batch, c.state_dim)
-        super().__init__(
-            module=module, policy=policy, value_head=value_head, noise_head=noise_head, prefix=prefix, state=state, mask=mask
-        )
+        super().__init__(policy=policy, value_head=value_head, noise_head=noise_head, prefix=prefix, state=state, mask=mask)
 
     def sample(self):
         """What the rollout does: path, noisy steps, log-probability, value."""
         with torch.inference_mode():
-            sampled = self.module.flow_sde_sample(
+            sampled = ppo.flow_sde_sample(
                 self.policy, self.value_head, self.noise_head, self.prefix, self.state, self.mask, **SOLVER
             )
         return [x.clone() for x in sampled]
@@ -61,11 +59,11 @@ class Case(SimpleNamespace):
     def update(self, x: torch.Tensor, step: torch.Tensor, rows=slice(None), **options):
         """What the update does: log-probability and value of remembered chunks, after self.policy.train()."""
         x_t, x_next = self.transitions(x[rows], step[rows])
-        _, mean, std, value = self.module.actor_critic(
+        _, mean, std, value = ppo.actor_critic(
             self.policy.train(), self.value_head, self.noise_head, self.prefix[rows], self.state[rows], x_t, step[rows],
             **SOLVER, **options,
-        )  # fmt: skip
-        return self.module.log_prob(x_next, mean, std, self.mask), value
+        )
+        return ppo.log_prob(x_next, mean, std, self.mask), value
 
 
 # -------------------------------------------------------------------------------------------------------------- the sampler
@@ -74,7 +72,7 @@ class Case(SimpleNamespace):
 def test_the_noisy_step_is_stepnfts():
     step = torch.arange(K)
     x, v = torch.randn(K, 3, 2), torch.randn(K, 3, 2)
-    ours, theirs = (m.flow_sde_step(x, v, step, **SOLVER) for m in (ppo_pi0, stepnft_pi0))
+    ours, theirs = (m.flow_sde_step(x, v, step, **SOLVER) for m in (ppo, stepnft_pi0))
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
     assert [round(s, 2) for s in ours[1].flatten().tolist()] == [0.5, 0.43, 0.25, 0.14]
 
@@ -90,7 +88,7 @@ def test_one_step_of_each_chunk_is_noisy_and_all_others_are_eulers():
         assert v.abs().mean() > 0.1  # the policy matters in what follows
         noisy = step[:, 0] == i
         torch.testing.assert_close(x[~noisy, i + 1], (x[:, i] - v / K)[~noisy], rtol=1e-4, atol=1e-5)
-        mean, std = ppo_pi0.flow_sde_step(x[:, i], v, torch.full((64,), i), **SOLVER)
+        mean, std = ppo.flow_sde_step(x[:, i], v, torch.full((64,), i), **SOLVER)
         z = ((x[:, i + 1] - mean) / std)[noisy]  # a thousand standard normal draws
         assert abs(z.mean()) < 0.15 and abs(z.std() - 1) < 0.1
 
@@ -101,14 +99,14 @@ def test_every_step_of_flow_noise_is_eulers_with_noise_between_the_bounds():
     x, step, _, _ = case.sample()
     assert step.tolist() == [[0, 1, 2, 3]] * 32
     x_t, x_next = case.transitions(x, step)
-    v, mean, std, _ = ppo_pi0.actor_critic(
+    v, mean, std, _ = ppo.actor_critic(
         case.policy, case.value_head, case.noise_head, case.prefix, case.state, x_t, step, **SOLVER
     )
     torch.testing.assert_close(mean, x_t - v / K)
     assert std.shape == x.shape[:1] + (K, 8, 8) and 0.08 <= std.min() < 0.1 and 0.14 < std.max() <= 0.16
     z = (x_next - mean) / std
     assert abs(z.mean()) < 0.05 and abs(z.std() - 1) < 0.05
-    new = ppo_pi0.NoiseHead(128, 8, 0.08, 0.16)(torch.randn(2, 3, 128))
+    new = ppo.NoiseHead(128, 8, 0.08, 0.16)(torch.randn(2, 3, 128))
     torch.testing.assert_close(new, torch.full_like(new, math.sqrt(0.08 * 0.16)))
 
 
@@ -126,7 +124,7 @@ def test_the_log_probability_is_the_gaussian_of_the_sampler_over_the_executed_pa
         with torch.no_grad():
             v = case.policy.velocity(case.prefix, case.state, x[:, i], 1 - now / K)
             features = case.policy.features(case.prefix, case.state, x[:, i], 1 - now / K)
-        mean, std = ppo_pi0.flow_sde_step(x[:, i], v, now, **SOLVER)
+        mean, std = ppo.flow_sde_step(x[:, i], v, now, **SOLVER)
         if noise == "learned":
             mean, std = x[:, i] - v / K, case.noise_head(features).detach()
         density = Normal(mean, std.expand_as(mean)).log_prob(x[:, i + 1])[:, :5, :7].sum((1, 2))
@@ -134,12 +132,12 @@ def test_the_log_probability_is_the_gaussian_of_the_sampler_over_the_executed_pa
     torch.testing.assert_close(log_prob, expected, rtol=1e-4, atol=1e-3)
     with torch.no_grad():
         x_next[:, :, 5:], x_next[:, :, :, 7:] = 7.0, -7.0  # neither executed nor real
-        _, mean, std, _ = ppo_pi0.actor_critic(
+        _, mean, std, _ = ppo.actor_critic(
             case.policy, case.value_head, case.noise_head, case.prefix, case.state, x_t, step, **SOLVER
         )
-        torch.testing.assert_close(ppo_pi0.log_prob(x_next, mean, std, case.mask), log_prob, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(ppo.log_prob(x_next, mean, std, case.mask), log_prob, rtol=1e-4, atol=1e-3)
         x_next[:, :, 4, 6] += 1.0  # the last that counts
-        assert (ppo_pi0.log_prob(x_next, mean, std, case.mask) - log_prob).abs().min() > 0.1
+        assert (ppo.log_prob(x_next, mean, std, case.mask) - log_prob).abs().min() > 0.1
 
 
 @BOTH
@@ -153,7 +151,7 @@ def test_in_the_first_minibatch_the_ratio_is_one_and_the_value_the_rollouts(nois
     assert new.requires_grad and value.requires_grad
     torch.testing.assert_close(new, old[rows], rtol=0, atol=2e-4)
     torch.testing.assert_close(value, old_value[rows], rtol=1e-5, atol=1e-5)
-    _, metrics = ppo_pi0.ppo_loss(new, old[rows], torch.randn(7), clip=0.2)
+    _, metrics = ppo.ppo_loss(new, old[rows], torch.randn(7), clip=0.2)
     assert metrics["ratio_deviation"] < 2e-4 and metrics["clip_fraction"] == 0 and metrics["approx_kl"].abs() < 1e-6
     with torch.no_grad():  # and no longer once the policy has moved
         case.policy.action_out_proj.bias += 0.1
@@ -206,7 +204,7 @@ def test_gae_by_hand_with_success_time_limit_and_different_lengths():
     values = np.array([[0.4, 0.6, 9.0], [0.2, 0.3, 0.5], [0.1, 9.0, 9.0]])
     valid = np.array([[1, 1, 0], [1, 1, 1], [1, 0, 0]], bool)
     terminated, last_values = np.array([True, False, False]), np.array([8.0, 0.7, 0.3])  # 8.0 must not be looked at
-    advantages, returns = ppo_pi0.gae(rewards, values, valid, terminated, last_values, gamma=g, gae_lambda=lam)
+    advantages, returns = ppo.gae(rewards, values, valid, terminated, last_values, gamma=g, gae_lambda=lam)
     d01, d00 = 1.0 - 0.6, 0.9 * 0.6 - 0.4  # success at the second chunk: nothing follows
     d12, d11, d10 = 0.9 * 0.7 - 0.5, 0.9 * 0.5 - 0.3, 0.9 * 0.3 - 0.2  # cut off: V of the last observation follows
     d20 = 0.5 + 0.9 * 0.3 - 0.1  # cut off after one chunk
@@ -221,9 +219,9 @@ def test_gae_without_lambda_is_the_td_error_and_with_all_of_it_the_monte_carlo_r
     rewards, values, last = rng.random((5, 6)), rng.random((5, 6)), rng.random(5)
     valid, terminated = np.ones((5, 6), bool), np.arange(5) % 2 == 0
     following = np.concatenate((values[:, 1:], np.where(terminated, 0, last)[:, None]), 1)
-    td, _ = ppo_pi0.gae(rewards, values, valid, terminated, last, gamma=0.9, gae_lambda=0.0)
+    td, _ = ppo.gae(rewards, values, valid, terminated, last, gamma=0.9, gae_lambda=0.0)
     assert td == pytest.approx(rewards + 0.9 * following - values)
-    _, returns = ppo_pi0.gae(rewards, values, valid, terminated, last, gamma=0.9, gae_lambda=1.0)
+    _, returns = ppo.gae(rewards, values, valid, terminated, last, gamma=0.9, gae_lambda=1.0)
     discounted = (rewards * 0.9 ** np.arange(6)).sum(1) + 0.9**6 * np.where(terminated, 0, last)
     assert returns[:, 0] == pytest.approx(discounted)
 
@@ -234,7 +232,7 @@ def test_gae_without_lambda_is_the_td_error_and_with_all_of_it_the_monte_carlo_r
 def slope(log_ratio: float, advantage: float) -> float:
     """d loss / d log-probability of a single chunk."""
     new = torch.tensor([log_ratio], requires_grad=True)
-    ppo_pi0.ppo_loss(new, torch.zeros(1), torch.tensor([advantage]), clip=0.2)[0].backward()
+    ppo.ppo_loss(new, torch.zeros(1), torch.tensor([advantage]), clip=0.2)[0].backward()
     return new.grad.item()
 
 
@@ -248,7 +246,7 @@ def test_the_surrogate_has_the_right_sign_and_no_gradient_where_the_ratio_has_go
 
 def test_what_the_surrogate_reports():
     ratio = torch.tensor([1.0, 1.3, 0.7, 1.1])
-    loss, metrics = ppo_pi0.ppo_loss(ratio.log(), torch.zeros(4), torch.tensor([1.0, 1.0, 1.0, -1.0]), clip=0.2)
+    loss, metrics = ppo.ppo_loss(ratio.log(), torch.zeros(4), torch.tensor([1.0, 1.0, 1.0, -1.0]), clip=0.2)
     assert loss.item() == pytest.approx(-(1.0 + 1.2 + 0.7 - 1.1) / 4) == metrics["policy"].item()
     assert metrics["clip_fraction"].item() == 0.5 and metrics["ratio_deviation"].item() == pytest.approx(0.7 / 4)
     assert metrics["approx_kl"].item() == pytest.approx((ratio - 1 - ratio.log()).mean().item())
@@ -259,11 +257,11 @@ def test_descending_moves_the_mean_towards_good_chunks_and_away_from_bad_ones():
     x_t, v, step, mask = torch.zeros(1, 1, 1), torch.zeros(1, 1, 1, requires_grad=True), torch.tensor([1]), torch.ones(1, 1)
     for x_next in (0.3, -0.3):
         for advantage in (1.0, -1.0):
-            mean, std = ppo_pi0.flow_sde_step(x_t, v, step, **SOLVER)
-            new = ppo_pi0.log_prob(torch.full((1, 1, 1, 1), x_next), mean[None], std[None], mask)
-            loss, _ = ppo_pi0.ppo_loss(new, new.detach(), torch.tensor([advantage]), clip=0.2)
+            mean, std = ppo.flow_sde_step(x_t, v, step, **SOLVER)
+            new = ppo.log_prob(torch.full((1, 1, 1, 1), x_next), mean[None], std[None], mask)
+            loss, _ = ppo.ppo_loss(new, new.detach(), torch.tensor([advantage]), clip=0.2)
             (gradient,) = torch.autograd.grad(loss, v)
-            moved, _ = ppo_pi0.flow_sde_step(x_t, v - 1e-2 * gradient, step, **SOLVER)
+            moved, _ = ppo.flow_sde_step(x_t, v - 1e-2 * gradient, step, **SOLVER)
             assert (moved - mean).item() * x_next * advantage > 0
 
 
@@ -272,10 +270,10 @@ def test_descending_moves_the_mean_towards_good_chunks_and_away_from_bad_ones():
     (0.5, 1.0, 0.32, 0.0),  # further towards the return than allowed: no gradient
     (-0.5, 1.0, 1.125, -1.5),  # far away from it: all of it
     (0.5, 0.0, 0.125, 0.5),
-])  # fmt: skip
+])
 def test_values_move_no_further_than_the_clip_lets_them(new, returns, loss, gradient):
     new = torch.tensor([new], requires_grad=True)
-    value_loss = ppo_pi0.value_loss(new, torch.zeros(1), torch.tensor([returns]), clip=0.2)
+    value_loss = ppo.value_loss(new, torch.zeros(1), torch.tensor([returns]), clip=0.2)
     value_loss.backward()
     assert value_loss.item() == pytest.approx(loss) and new.grad.item() == pytest.approx(gradient)
 
@@ -300,6 +298,9 @@ class Field(nn.Module):
         base = (2 * t - 1) / (t**2 + (1 - t) ** 2) * x
         return torch.cat((self.net(torch.cat((x, t.expand_as(x[..., :1])), -1)), base), -1)
 
+    def critic_features(self, prefix, features: torch.Tensor) -> torch.Tensor:
+        return features.mean(1)
+
     def action_out_proj(self, features: torch.Tensor) -> torch.Tensor:
         return features[..., 64:] + self.out(features[..., :64])
 
@@ -307,8 +308,8 @@ class Field(nn.Module):
 def solve_bandit(noise: str, sign: float = 1.0, iterations: int = 25, episodes: int = 512) -> tuple[float, float]:
     """Success by the ODE before and after PPO on one-chunk episodes: a disc that holds a quarter of the standard normal actions."""
     torch.manual_seed(0)
-    field, value_head = Field(), ppo_pi0.ValueHead(66)
-    noise_head = ppo_pi0.NoiseHead(66, 2, 0.1, 0.3) if noise == "learned" else None
+    field, value_head = Field(), ppo.ValueHead(66)
+    noise_head = ppo.NoiseHead(66, 2, 0.1, 0.3) if noise == "learned" else None
     parts = nn.ModuleList(filter(None, (field, value_head, noise_head)))
     optimizer = torch.optim.Adam(parts.parameters(), lr=3e-3, betas=(0.9, 0.95), eps=1e-5)
     mask, none, one = torch.ones(1, 2, dtype=torch.bool), torch.zeros(episodes), np.ones((episodes, 1), bool)
@@ -326,9 +327,9 @@ def solve_bandit(noise: str, sign: float = 1.0, iterations: int = 25, episodes: 
     before = success_rate()
     for _ in range(iterations):
         with torch.no_grad():
-            x, step, old, values = ppo_pi0.flow_sde_sample(field, value_head, noise_head, None, none, mask, **SOLVER)
+            x, step, old, values = ppo.flow_sde_sample(field, value_head, noise_head, None, none, mask, **SOLVER)
         rewards = succeeded(x[:, -1]).double().numpy()[:, None]
-        advantages, returns = ppo_pi0.gae(
+        advantages, returns = ppo.gae(
             rewards, values.double().numpy()[:, None], one, one[:, 0], np.zeros(episodes), gamma=0.99, gae_lambda=0.95
         )
         advantages, returns = (torch.from_numpy(y[:, 0]).float() for y in (advantages, returns))
@@ -336,9 +337,9 @@ def solve_bandit(noise: str, sign: float = 1.0, iterations: int = 25, episodes: 
         for mb in torch.randperm(episodes).repeat(2).chunk(8):
             row = mb[:, None]
             x_t, x_next = x[row, step[mb]], x[row, step[mb] + 1]
-            _, mean, std, value = ppo_pi0.actor_critic(field, value_head, noise_head, None, none[mb], x_t, step[mb], **SOLVER)
-            loss, _ = ppo_pi0.ppo_loss(ppo_pi0.log_prob(x_next, mean, std, mask), old[mb], advantages[mb], clip=0.2)
-            loss = loss + ppo_pi0.value_loss(value, values[mb], returns[mb], clip=0.2)
+            _, mean, std, value = ppo.actor_critic(field, value_head, noise_head, None, none[mb], x_t, step[mb], **SOLVER)
+            loss, _ = ppo.ppo_loss(ppo.log_prob(x_next, mean, std, mask), old[mb], advantages[mb], clip=0.2)
+            loss = loss + ppo.value_loss(value, values[mb], returns[mb], clip=0.2)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(parts.parameters(), 1.0)
@@ -373,18 +374,29 @@ def test_with_the_sign_flipped_it_does_not(noise):
     (dict(noise_min=0.2, noise_max=0.1), "--noise-max 0.1 must not be less than --noise-min 0.2"),
     (dict(entropy_coef=0.1), "--noise learned"),
     (dict(train="all", prefix_cache="cpu"), "--prefix-cache"),
-])  # fmt: skip
+])
 def test_arguments_that_cannot_work_are_named_in_one_line(arguments, named):
-    for module in (ppo_pi0, ppo_pi05):
-        module.check(module.Args())
-        with pytest.raises(envs.EnvError) as error:
-            module.check(module.Args(**arguments))
-        assert named in str(error.value) and "\n" not in str(error.value)
+    check(ppo.Args())
+    with pytest.raises(harness.RunError) as error:
+        check(ppo.Args(**arguments))
+    assert named in str(error.value) and "\n" not in str(error.value)
+
+
+def check(args: ppo.Args) -> None:
+    """What is asked of the arguments before anything starts: of all programs', and of this one's."""
+    harness.check(args)
+    ppo.check(args)
+
+
+def test_help_explains_every_option(monkeypatch, capsys):
+    test_main.test_help_explains_every_option(ppo, monkeypatch, capsys)
 
 
 def test_a_missing_checkpoint_names_the_commands_that_make_it(tmp_path):
-    assert "python algos/sft_pi0.py --env-id PokeCube-v1" in refusal("ppo_pi0", "--env-id", "PokeCube-v1", cwd=tmp_path)
-    assert "python algos/pretrain_pi05.py --env-id PokeCube-v1" in refusal("ppo_pi05", "--env-id", "PokeCube-v1", cwd=tmp_path)
+    missing = "--env-id", "PokeCube-v1"
+    assert "python algos/sft.py --env-id PokeCube-v1" in refusal("ppo", *missing, cwd=tmp_path)
+    expected = "python algos/pretrain.py --policy pi05 --env-id PokeCube-v1"
+    assert expected in refusal("ppo", *missing, "--policy", "pi05", cwd=tmp_path)
 
 
 SHORT = (
@@ -415,9 +427,9 @@ def train(simulator, tmp_path_factory):
     """A function that runs the program in a new folder, from a random policy, and returns the run's."""
     start = random_checkpoint(tmp_path_factory.mktemp("ppo") / "start", "state")
 
-    def train(cwd, *arguments, script="ppo_pi0", checkpoint=start):
+    def train(cwd, *arguments, checkpoint=start):
         cwd.mkdir(exist_ok=True)
-        run(script, "--checkpoint", checkpoint, *SHORT, *arguments, cwd=cwd)
+        run("ppo", "--checkpoint", checkpoint, *SHORT, *arguments, cwd=cwd)
         return only_run(cwd)
 
     train.start = start
@@ -434,7 +446,7 @@ def test_a_run_warms_its_critic_up_and_then_learns(straight, train):
     assert straight.name.startswith("ppo-PickCube-v1-state-1-") and not (straight / "rollout_policy").exists()
     logged = scalars(straight)
     assert logged["losses/grad_norm"][1] == 0 < logged["losses/value_grad_norm"][1]
-    assert list(logged["charts/learning_rate"].values()) == pytest.approx([0, ppo_pi0.Args.learning_rate])
+    assert list(logged["charts/learning_rate"].values()) == pytest.approx([0, ppo.Args.learning_rate])
     assert logged["losses/grad_norm"][2] > 0
     for i in (1, 2):  # one minibatch per iteration, which is its first
         assert logged["losses/ratio_deviation"][i] < 1e-4 and logged["losses/clip_fraction"][i] == 0
@@ -448,7 +460,7 @@ def test_a_run_warms_its_critic_up_and_then_learns(straight, train):
     trained = {name: p.numel() for name, p in start.named_parameters() if p.requires_grad}
     changed = {name for name, value in start.state_dict().items() if not torch.equal(value, after[name])}
     assert changed and changed <= trained.keys()
-    assert result["parameters_trained"] == sum(trained.values()) + sum(p.numel() for p in ppo_pi0.ValueHead(128).parameters())
+    assert result["parameters_trained"] == sum(trained.values()) + sum(p.numel() for p in ppo.ValueHead(128).parameters())
     memory = [v for name in ("rollout", "update") for v in logged[f"charts/memory_{name}_gb"].values()]
     assert result["peak_memory_gb"] == pytest.approx(max(memory), rel=1e-6)
 
@@ -536,16 +548,17 @@ def test_flow_noise_trains_its_network_towards_more_entropy(train, tmp_path):
     assert 0.16 > logged["1000"][3] > logged["0"][3] > 0.08
 
 
-def test_pi05_runs(train, tmp_path):
+def test_pi05_runs_where_the_checkpoint_says_so(train, tmp_path):
     config = policies.Pi05Config.tiny(num_cameras=0, vlm_depth=2, horizon=8)
     policy = policies.Pi05(config)
     statistics = [policies.NormStats.identity(n) for n in (42, 7)]
     policy.processor = policies.Processor(config, policies.Tokenizer(), *statistics)
     policy.meta = dict(env_id="PickCube-v1", obs_mode="state", execute=5)
     policies.save(policy, tmp_path / "start")
-    folder = train(tmp_path, "--iterations", 2, script="ppo_pi05", checkpoint=tmp_path / "start")
+    folder = train(tmp_path, "--iterations", 2, checkpoint=tmp_path / "start")
     assert folder.name.startswith("ppo-pi05-PickCube-v1-state-1-")
     logged = scalars(folder)
     assert logged["losses/ratio_deviation"][2] < 1e-4 and logged["charts/value_mean"][2] > 0
     assert not same(weights(folder / "policy"), weights(tmp_path / "start"))
-    assert json.loads((folder / "result.json").read_text())["algorithm"] == "ppo_pi05"
+    result = json.loads((folder / "result.json").read_text())
+    assert result["algorithm"] == "ppo_pi05" and result["args"]["policy"] == "pi05"
