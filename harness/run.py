@@ -76,7 +76,7 @@ class Run:
         self.prefix_cache = args.prefix_cache or ("device" if args.train == "expert" else "off")
         self.iteration, self.env_steps, self.trained_s, self.curve, self.peak_gb = 0, 0, 0.0, [], 0.0
         self.lost = dict(rollouts=0, evaluations=0)  # episodes whose worker died: left out there, played again here
-        self._stopped: str | None = None
+        self._stopped: signal.Signals | None = None
         self._in_iteration = False
 
     # ------------------------------------------------------------------------------------------------ policy and environments
@@ -218,7 +218,9 @@ class Run:
         args = self.args
         if self._stopped:
             self.writer.close()
-            sys.exit(f"stopped by {self._stopped} after iteration {self.iteration}; go on with --resume {self.folder}")
+            name, status = self._stopped.name, 128 + self._stopped  # as a shell tells of a signal
+            print(f"stopped by {name} after iteration {self.iteration}; go on with --resume {self.folder}", file=sys.stderr)
+            sys.exit(status)
         policy, *others = self.trained
         if self._saved != self.iteration:  # the time was up
             self.save()
@@ -294,8 +296,8 @@ class Run:
         """The first signal ends the run after the iteration that it comes in; a second one, or one outside of them, ends it now."""
         if not self._in_iteration or self._stopped:
             raise KeyboardInterrupt(f"go on with --resume {self.folder}")
-        self._stopped = signal.Signals(number).name
-        tqdm.write(f"{self._stopped}: ending this iteration, then saving (once more: stop at once)")
+        self._stopped = signal.Signals(number)
+        tqdm.write(f"{self._stopped.name}: ending this iteration, then saving (once more: stop at once)")
 
 
 # --------------------------------------------------------------------------------------------------- what others need of this
