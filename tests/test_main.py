@@ -423,7 +423,8 @@ def test_a_signal_ends_the_iteration_and_resuming_changes_nothing(state_run, tmp
     told += process.communicate(timeout=300)[1]
     folder = only_run(tmp_path)
     *_, line = told.decode().splitlines()
-    assert process.returncode == 128 + signal.SIGTERM and line == f"stopped by SIGTERM after iteration 1; go on with --resume runs/{folder.name}"
+    assert line == f"stopped by SIGTERM after iteration 1; go on with --resume runs/{folder.name}"
+    assert process.returncode == 128 + signal.SIGTERM
     assert not (folder / "result.json").exists()
     run("stepnft_pi0", "--resume", folder, cwd=tmp_path)
     for name in ("policy", "rollout_policy"):
