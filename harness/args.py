@@ -83,7 +83,8 @@ class RLArgs(TrainArgs):
     checkpoint: str | None = None
     """policy to start from: a folder or a bundled name; default: the bundled one for the task and obs mode"""
     resume: str | None = None
-    """run folder (runs/<name>) to go on with, under its own arguments; --iterations and --max-minutes may be given anew"""
+    """run folder (runs/<name>) to go on with, under its own arguments; of these --iterations, --max-minutes, --num-threads,
+    --device, --track and --video may be given anew"""
     iterations: Count | None = None
     """rollout + update rounds; default: 120 for π0, 200 for π0.5 (the method's authors: 400 LIBERO, 240 ManiSkill)"""
     max_minutes: PositiveOrZero = 24.0
@@ -209,7 +210,7 @@ def resumed(given: A) -> A:
     names = {field.name for field in fields(type(given))}
     if not isinstance(stored, dict) or (unknown := sorted(set(stored) - names)):
         what = f"unknown {', '.join(unknown)}" if isinstance(stored, dict) else "it holds no arguments"
-        raise RunError(f"{folder}/args.json is not this version's: {what}")
+        raise RunError(f"{folder}/args.json is not of this program and version: {what}")
     args = type(given)(**{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()})
     now = {name: getattr(given, name) for name in names - {"resume"} if option(name) in flags()}
     if fixed := sorted(option(name) for name in now if name not in FREE_ON_RESUME and now[name] != getattr(args, name)):

@@ -371,12 +371,19 @@ def bundled_start(env_id: str, obs_mode: str, policy_type: str) -> str:
     envs.check(env_id)
     where = f"--env-id {env_id} --obs-mode {obs_mode}"
     sft, pretrain = command("sft"), command("pretrain")
+    try:
+        envs.simulator(env_id).expert(env_id)
+        demonstrations = ""
+    except envs.EnvError:  # no scripted expert
+        demonstrations = " --dataset DEMONSTRATIONS"
     if policy_type == "pi05":
         how = f"{pretrain} --policy pi05 {where} --output runs/pretrained, then {sft} --policy pi05 {where} --base runs/pretrained"
     else:
         how = f"{sft} {where}"
-    raise RunError(f"no bundled {NAMES[policy_type]} checkpoint for {env_id} in {obs_mode} mode; make one with: {how} --output "
-                   "runs/sft, then add --checkpoint runs/sft")
+    raise RunError(
+        f"no bundled {NAMES[policy_type]} checkpoint for {env_id} in {obs_mode} mode; make one with: {how}{demonstrations} "
+        "--output runs/sft, then add --checkpoint runs/sft"
+    )
 
 
 def task_name(args: TaskArgs) -> str:

@@ -25,7 +25,7 @@ ICD_FOLDERS = ("/etc/vulkan/icd.d", "/usr/local/share/vulkan/icd.d", "/usr/share
 USER_VARIABLES = ("VK_DRIVER_FILES", "VK_ICD_FILENAMES", "VK_LOADER_DRIVERS_SELECT")
 """The loader's own variables. Whoever sets one has chosen a driver, and it stays chosen."""
 
-SETUP_SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "setup_vulkan.sh"
+SETUP_SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "setup_vulkan.sh"
 
 PROBE = """
 import sys
@@ -168,7 +168,3 @@ def main() -> int:
         return 1
     print(f"Vulkan driver works: {name}, {chosen_by_user() or 'chosen by the Vulkan loader'}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
