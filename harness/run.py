@@ -140,6 +140,7 @@ class Run:
                 for name, policy in list(trained.items())[1:]:
                     policies.load_weights(policy, self._resumed / name / "model.safetensors")
             progress = checkpoints.restore(self._resumed, optimizer, self.rng, self.unsaved)
+            checkpoints.link(self._resumed.parent / checkpoints.POINTER, self._resumed.name)  # a damaged one was passed over
             for name in PROGRESS:
                 setattr(self, name, progress[name])
             if self.iteration >= args.iterations and (self.folder / "result.json").is_file():
