@@ -6,16 +6,16 @@ import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from xml.etree import ElementTree
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from pi_stepnft.harness.statistics import wilson
+
+if TYPE_CHECKING:  # a second, which a program should not take before it has looked at its arguments
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
 """Of the policies, in order (Okabe and Ito's, which colour-blind readers can tell apart)."""
@@ -49,6 +49,8 @@ def rgb(number: int) -> tuple[int, int, int]:
 
 def canvas(height: float, left: float, right: float, bottom: float) -> tuple[Figure, Axes]:
     """A figure of WIDTH × height px, and bare axes in it with these margins; 8 px are left above."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(WIDTH / 72, height / 72))
     axes = figure.add_axes((left / WIDTH, bottom / height, 1 - (left + right) / WIDTH, 1 - (bottom + 8) / height))
     axes.spines[:].set_visible(False)
@@ -65,8 +67,10 @@ def svg(figure: Figure, label: str) -> str:
     Text stays text, in the page's font. An artist's gid "kind|name" becomes a class and, with a name, a tooltip. Nothing has an id,
     and nothing is clipped: several charts in a page cannot get at each other.
     """
+    from matplotlib import rc_context
+
     file, variables = io.StringIO(), {colour: f"var(--{name})" for name, colour in THEME.items()}
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "pi-stepnft"}):
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "pi-stepnft"}):
         figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     root = ElementTree.fromstring(file.getvalue())
     for definitions in root.findall("{*}defs"):
@@ -112,6 +116,8 @@ def bars(groups: Sequence[tuple[str, Sequence[Bar]]], label: str = "success in %
 def curves(lines: Sequence[tuple[str, int, list[dict]]], label: str = "success over environment steps") -> str:
     """Success over environment steps with Wilson intervals, as an SVG. lines: name, number of its colour, and the curve:
     a dict per evaluation with "env_steps", "success" (0 to 1) and "episodes"."""
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = canvas(240, left=28, right=22, bottom=40)
     for name, number, curve in lines:
         paint, (x, rates, low, high) = colour(number), curve_points(curve, "env_steps")
@@ -138,6 +144,8 @@ def plot_curve(curve: list[dict], path: str | Path, title: str) -> None:
 
     curve: one dict per evaluation with "env_steps", "minutes", "success" (0 to 1) and "episodes".
     """
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for axis, key, label in zip(axes, ("env_steps", "minutes"), ("environment steps", "minutes of training"), strict=True):

@@ -22,11 +22,10 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import pi_stepnft
@@ -37,6 +36,9 @@ from pi_stepnft.harness.charts import plot_curve
 from pi_stepnft.harness.evaluation import Evaluation, evaluate
 from pi_stepnft.harness.films import record
 from pi_stepnft.harness.storage import Prefixes, memory_gb
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 ITERATIONS = {"pi0": 120, "pi05": 200}
 """Rounds where --iterations is not given: what half an hour on two cores about allows."""
@@ -408,6 +410,8 @@ def open_logs(folder: Path, args: TrainArgs, purge_step: int | None = None) -> S
 
     purge_step: the first step that this run logs, where it goes on with one that came further than its last checkpoint.
     """
+    from torch.utils.tensorboard import SummaryWriter
+
     if args.track:
         import wandb
 

@@ -21,9 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import SiglipVisionConfig, SiglipVisionModel
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
 
 from pi_stepnft.policies.gemma import AdaRMSNorm, Gemma, Linear, RMSNorm, additive_mask, rotary
 
@@ -242,6 +239,8 @@ class Pi0(nn.Module):
         self.vlm_frozen = False
 
         if c.num_cameras:
+            from transformers import SiglipVisionConfig, SiglipVisionModel  # takes seconds, and not every program needs it
+
             vision = SiglipVisionConfig(
                 hidden_size=c.vision_width, intermediate_size=c.vision_mlp, num_hidden_layers=c.vision_depth,
                 num_attention_heads=c.vision_heads, image_size=c.image_size, patch_size=c.patch_size,
@@ -461,9 +460,9 @@ class Pi0(nn.Module):
         names = ("vision_tower", "multi_modal_projector", "language_model")
         return [getattr(self, name) for name in names if hasattr(self, name)]
 
-    def vision_embeddings(self) -> SiglipVisionEmbeddings:
+    def vision_embeddings(self) -> nn.Module:
         """The vision tower's patch and position embeddings, wherever this release of transformers keeps them."""
-        return next(m for m in self.vision_tower.modules() if isinstance(m, SiglipVisionEmbeddings))
+        return next(module for module in self.vision_tower.modules() if hasattr(module, "patch_embedding"))
 
     def expert_parameters(self) -> list[nn.Parameter]:
         """Parameters of the action expert and of the state, action and time projections."""
@@ -492,6 +491,8 @@ class Pi0(nn.Module):
         """
         self.language_model.checkpointing = self.expert.checkpointing = enabled
         if self.config.num_cameras:
+            from transformers.modeling_layers import GradientCheckpointingLayer
+
             for module in self.vision_tower.modules():  # transformers' layers do this themselves, in training mode
                 if isinstance(module, GradientCheckpointingLayer):
                     module.gradient_checkpointing = enabled
@@ -508,9 +509,10 @@ class Pi0(nn.Module):
         than bfloat16 resolves, are not lost; each is rounded to `dtype` where it is used, and the computation is the same.
         """
         low = {id(p) for module in [*self.vlm_modules(), self.expert] for p in module.parameters()}
-        for module in self.modules():
-            if isinstance(module, RMSNorm | AdaRMSNorm | SiglipVisionEmbeddings):
-                low -= {id(p) for p in module.parameters()}
+        precise = [module for module in self.modules() if isinstance(module, RMSNorm | AdaRMSNorm)]
+        if self.config.num_cameras:
+            precise.append(self.vision_embeddings())
+        low -= {id(p) for module in precise for p in module.parameters()}
         if trained is not None:
             low -= {id(p) for p in (self.expert_parameters() if trained == "expert" else self.parameters())}
         for parameter in self.parameters():  # one by one: no island is rounded on the way, no second copy of all is made
