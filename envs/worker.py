@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import mmap
 import os
 import pickle
@@ -13,26 +12,12 @@ import traceback
 from collections.abc import Callable
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pi_stepnft.envs import child
 from pi_stepnft.envs.base import EnvError, Environment, Spec
-
-BOOT = """
-import sys
-sys.path[:] = [entry for entry in sys.path if entry]  # not the working directory, which may hold a json.py
-import json, signal
-signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it closes the workers
-folder, path, pipe, memory = sys.argv[1:]
-sys.path.insert(0, folder)
-import pi_stepnft
-sys.path[:] = json.loads(path)
-from pi_stepnft.envs import worker
-worker.main(int(pipe), int(memory))
-"""
-"""The same code and the same modules as the parent's, wherever either was found."""
 
 Layout = dict[str, tuple[int, tuple[int, ...], str]]
 """Of the memory that parent and workers share: offset in bytes, shape and dtype of each array, by name."""
@@ -76,18 +61,11 @@ class Worker:
 
     def start(self) -> None:
         """A new process, in the place of one that has died if there was one; its first answer is `(facts, tasks)`."""
-        import pi_stepnft
-
-        self.pipe, child = Pipe()
-        folder = str(Path(pi_stepnft.__file__).resolve().parents[1])
-        path = json.dumps([entry or os.getcwd() for entry in sys.path])
+        self.pipe, end = Pipe()
         # lavapipe and OpenMP read their thread counts when they are loaded: hand them down, unless the user has set them.
         threads = {name: str(self.threads) for name in ("OMP_NUM_THREADS", "LP_NUM_THREADS") if name not in os.environ}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", BOOT, folder, path, str(child.fileno()), str(self.memory)],
-            pass_fds=(child.fileno(), self.memory), stdin=subprocess.DEVNULL, env=os.environ | threads,
-        )
-        child.close()
+        self.process = child.start(__name__, end.fileno(), self.memory, env=threads)
+        end.close()
         try:
             self.send("create", (self.spec, self.slots, self.num_envs, self.threads))
         except BaseException:  # what cannot be pickled
