@@ -5,26 +5,26 @@
     read("trajectory.rgb.pd_ee_delta_pose.physx_cpu.h5")   # ManiSkill's RecordEpisode, with the .json beside it
     read("lerobot/libero")                                 # a LeRobot dataset folder, v2.0 to v3.0
 
-The layout is recognised by what is in the file. Pictures, shrunk to `image_size` while they are read, lie in an unnamed temporary
-file (in `TMPDIR`) that is mapped into memory, so they may be more than fit there; all else is held in memory.
+The layout is recognised by what is in the file. What a file says of itself (numbers of episodes and rows, times of pictures,
+success) is compared with what is read, and a difference is an error. Pictures, shrunk to `image_size` while they are read, lie in
+an unnamed temporary file (in `TMPDIR`) that is mapped into memory, so they may be more than fit there; all else is held in memory.
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
-import itertools
 import json
+import os
 import re
+import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
 
-from pi_stepnft.envs import demos
+from pi_stepnft.envs import demos, reading
 from pi_stepnft.envs.base import EnvError
 from pi_stepnft.envs.simulators import simulator
 
@@ -34,7 +34,8 @@ LIBERO_STATE = "ee_pos", "ee_ori", "gripper_states"
 
 
 def read(
-    path: str | Path, *, obs_mode: str = "rgb", rotate: bool | None = None, image_size: int | None = None, **expected: str
+    path: str | Path, *, obs_mode: str = "rgb", rotate: bool | None = None, image_size: int | None = None,
+    cameras: Sequence[str] | None = None, **expected: str,
 ) -> demos.Demos:
     """Read every successful demonstration of a file or folder.
 
@@ -43,6 +44,7 @@ def read(
         versions of LIBERO are mostly turned already (openpi's are).
     image_size: longer side of the pictures in memory, px; smaller ones stay as they are. Default: as stored. Cameras of different
         sizes all become squares of this size, padded with black.
+    cameras: names of those to read, in order. Default: all but LeRobot's depth maps, those on a wrist last.
     expected: what a file must be of if it tells, e.g. env_id="PickCube-v1".
 
     Raises EnvError, in one line, that names the file and what it lacks.
@@ -50,268 +52,263 @@ def read(
     path = Path(path)
     if not path.exists():
         raise EnvError(f"no demonstration file at {path}")
-    with _reading(path):
-        if (path / "meta" / "info.json").is_file():
-            episodes = _lerobot(path)
-        elif files := [path] if path.is_file() else sorted([*path.glob("*.hdf5"), *path.glob("*.h5")]):
-            if len(files) == 1 and _attribute(files[0], "format") == demos.FORMAT:
-                return demos.read(files[0], obs_mode=obs_mode, **expected)
-            episodes = (episode for file in files for episode in _hdf5(file, rotate))
-        else:
-            raise EnvError(f"{path} holds neither meta/info.json (LeRobot) nor *.hdf5 or *.h5 files (LIBERO, ManiSkill)")
-        if obs_mode == "state":
-            episodes = (episode | {"image": []} for episode in episodes)
-        data = _join(path, episodes, bool(rotate), image_size)
-    for name, value in expected.items():
-        if data.attrs.get(name, value) not in (value, value.rpartition(":")[2]):  # a file knows no module:Task-v1
-            raise EnvError(f"{path} was made for {name} {data.attrs[name]!r}, not {value!r}")
+    options = dict(rotate=rotate, cameras=() if obs_mode == "state" else cameras)
+    how = dict(rotate=bool(rotate), image_size=image_size, expected=expected | dict(obs_mode=obs_mode))
+    data = demos.Demos(**reading.gather(episodes, path, options, **how))
     if obs_mode == "rgb" and not data.image.shape[1]:
         raise EnvError(f"{path} holds no pictures: record it with some, or train without, in obs mode 'state'")
+    if None in data.instructions:  # ManiSkill's files hold none
+        env_id = data.attrs["env_id"].rpartition(":")[2]  # no file makes this program import a module
+        data.instructions = [simulator(env_id).instruction(env_id)]
     return data
 
 
-@contextlib.contextmanager
-def _reading(place: str | Path) -> Iterator[None]:
-    """Names the place in what h5py, json, pyarrow, NumPy and the decoders raise over a damaged file."""
-    try:
-        yield
-    except KeyError as error:
-        raise EnvError(f"{place} lacks {str(error).splitlines()[0]}") from None
-    except (OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise EnvError(f"{place} cannot be read as demonstrations: {reason}") from None
-
-
-def _join(path: Path, episodes: Iterator[dict], rotate: bool, image_size: int | None) -> demos.Demos:
-    """Episodes of {"image": [(T, H, W, 3) per camera], "state" (T, S), "action" (T, A), "instruction"} as one Demos."""
-    columns: dict[str, list] = {"state": [], "action": []}
-    instructions, attrs, shape = [], {}, None
-    with tempfile.TemporaryFile() as pictures:
-        for episode in episodes:
-            which, T = f"of episode {len(instructions)}", len(episode["action"])
-            if not T:
-                continue
-            for images in episode["image"]:
-                if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-                    raise EnvError(f"{path}: pictures {which} are {images.dtype} {images.shape}, not uint8 (T, H, W, 3)")
-            sizes = {images.shape[1:3] for images in episode["image"]}
-            if len(sizes) > 1 and not image_size:
-                raise EnvError(f"{path} has cameras of {' and '.join(map(str, sorted(sizes)))} pixels: give image_size")
-            turned = (images[:, ::-1, ::-1] if rotate else images for images in episode["image"])
-            cameras = [_resize(images, image_size, square=len(sizes) > 1) for images in turned]
-            if len({T, len(episode["state"]), *map(len, cameras)}) > 1:
-                raise EnvError(f"{path}: {T} actions {which}, {len(episode['state'])} states, {[*map(len, cameras)]} pictures")
-            image = np.stack(cameras, 1) if cameras else np.zeros((T, 0, 0, 0, 3), np.uint8)
-            shape = shape or image.shape[1:]
-            if image.shape[1:] != shape:
-                raise EnvError(f"{path}: pictures {which} have shape {image.shape[1:]}, those before {shape}")
-            pictures.write(image.data)
-            for name, values in columns.items():
-                value = np.asarray(episode[name], np.float32).reshape(T, -1)  # LeRobot stores 1-dim vectors as numbers
-                if values and value.shape[1] != values[0].shape[1]:
-                    raise EnvError(f"{path}: {name} {which} has {value.shape[1]} dimensions, before {values[0].shape[1]}")
-                if not np.isfinite(value).all():
-                    raise EnvError(f"{path}: {name} {which} holds NaN or infinity")
-                values.append(value)
-            instructions.append(episode["instruction"])
-            for name, value in episode.get("attrs", {}).items():
-                if attrs.setdefault(name, value) != value:
-                    raise EnvError(f"{path} mixes {name} {attrs[name]!r} and {value!r}")
-        lengths = [len(action) for action in columns["action"]]
-        if not lengths:
-            raise EnvError(f"{path} holds no successful episode")
-        pictures.flush()
-        shape = sum(lengths), *shape
-        image = np.asarray(np.memmap(pictures, np.uint8, "r", shape=shape)) if shape[1] else np.zeros(shape, np.uint8)
-    return demos.Demos(
-        image=image, **{name: np.concatenate(values) for name, values in columns.items()},
-        objects=np.zeros((len(image), 0, 3), np.float32),  # privileged: not in these files
-        start=np.cumsum([0, *lengths[:-1]]), attrs=attrs | dict(instruction=instructions[0]), instructions=instructions,
-    )
-
-
-def _resize(images: np.ndarray, size: int | None, square: bool) -> np.ndarray:
-    """(T, H, W, 3) uint8 with the longer side at most `size`: bilinear with antialiasing, as the policies' processor does it.
-
-    square: (T, size, size, 3), centred on black, as the processor makes it of all; for cameras that differ and are to be one array.
-    """
-    ratio = max(images.shape[1:3]) / (size or np.inf)
-    if ratio <= 1 and not square:
-        return images
-    import torch
-
-    H, W = (max(1, int(side / ratio)) for side in images.shape[1:3])
-    resized = torch.nn.functional.interpolate(
-        torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2), (H, W), mode="bilinear", antialias=True
-    )
-    if square:
-        top, left = (size - H) // 2, (size - W) // 2
-        resized = torch.nn.functional.pad(resized, (left, size - W - left, top, size - H - top))
-    return np.ascontiguousarray(resized.permute(0, 2, 3, 1).numpy())
-
-
-def _of(group: Any, name: str, file: Path, advice: str = "") -> Any:
-    """An entry of an HDF5 group, or the error that it is not there."""
-    if name not in group:
-        raise EnvError(f"{file} lacks {group.name.rstrip('/')}/{name}{advice}")
-    return group[name]
-
-
-def _json(file: Path) -> dict:
-    with _reading(file):
-        if isinstance(content := json.loads(file.read_text()), dict):
-            return content
-        raise EnvError(f"{file} holds no JSON object")
-
-
-def _attribute(file: Path, name: str) -> Any:
-    with h5py.File(file) as opened:
-        return opened.attrs.get(name)
-
-
-def _numbered(names: Any, prefix: str) -> list[str]:
-    """Those that are the prefix and a number, in the order of the numbers."""
-    return sorted((n for n in names if re.fullmatch(rf"{prefix}\d+", n)), key=lambda n: int(n[len(prefix) :]))
+def episodes(path: Path, rotate: bool | None, cameras: Sequence[str] | None) -> Iterator[dict | None]:
+    """What `reading.join` takes, in the child process: episodes, and None for each that is marked as a failure."""
+    if (path / "meta" / "info.json").exists():
+        yield from _lerobot(path, cameras)
+        return
+    files = sorted([*path.glob("*.hdf5"), *path.glob("*.h5")]) if path.is_dir() else [path]
+    if not files:
+        raise EnvError(f"{path} holds neither meta/info.json (LeRobot) nor *.hdf5 or *.h5 files (LIBERO, ManiSkill)")
+    for file in files:
+        with reading.hdf5(file) as opened:
+            if reading.attribute(opened, "format") == demos.FORMAT:
+                yield from demos.episodes(file, cameras)
+            elif reading.has(opened, "data"):
+                yield from _libero(reading.member(opened, "data"), file, rotate is None, cameras)
+            elif reading.numbered(opened, "traj_"):
+                yield from _maniskill(opened, file, cameras)
+            else:
+                raise EnvError(f"{file} holds neither /data (LIBERO) nor /traj_0 (ManiSkill), and its format is not "
+                               f"{demos.FORMAT!r}")
 
 
 # ------------------------------------------------------------------------------------------------------ LIBERO and ManiSkill
 
 
-def _hdf5(file: Path, rotate: bool | None) -> Iterator[dict]:
-    with _reading(file), h5py.File(file) as opened:
-        if "data" in opened:
-            yield from _libero(opened["data"], file, rotate is None)
-        elif _numbered(opened, "traj_"):
-            yield from _maniskill(opened, file)
-        else:
-            raise EnvError(f"{file} holds neither /data (LIBERO) nor /traj_0 (ManiSkill), and its format is not {demos.FORMAT!r}")
-
-
-def _libero(data: h5py.Group, file: Path, rotate: bool) -> Iterator[dict]:
+def _libero(data: h5py.Group, file: Path, rotate: bool, cameras: Sequence[str] | None) -> Iterator[dict]:
     """`/data/demo_<i>/{actions, obs/…}` with the instruction in the attribute `problem_info`."""
-    with _reading(f"{file}, attribute 'problem_info' of /data,"):
-        info = json.loads(data.attrs.get("problem_info", "{}"))
-    if "language_instruction" not in info:
+    place = f"{file}, attribute 'problem_info' of /data,"
+    with reading.naming(place):
+        info = json.loads(reading.attribute(data, "problem_info") or "{}")
+    told = info.get("language_instruction") if isinstance(info, dict) else None
+    if not told or not all(isinstance(part, str) for part in told):
         raise EnvError(f"{file} lacks the instruction: no 'language_instruction' in the attribute 'problem_info' of /data")
-    for name in _numbered(data, "demo_"):
-        demo = data[name]
-        obs = _of(demo, "obs", file)
-        images = [_of(obs, camera, file)[:] for camera in LIBERO_CAMERAS]
-        with _reading(f"{file}, {obs.name},"):
-            state = np.concatenate([_of(obs, part, file)[:] for part in LIBERO_STATE], 1)
-        yield dict(
-            image=[x[:, ::-1, ::-1] for x in images] if rotate else images, state=state, action=_of(demo, "actions", file)[:],
-            instruction="".join(info["language_instruction"]).strip().strip('"').lower(),
-        )
+    for name in reading.numbered(data, "demo_"):
+        demo = reading.member(data, name)
+        obs, action = reading.member(demo, "obs"), reading.array(demo, "actions")
+        if (rows := reading.attribute(demo, "num_samples")) not in (None, len(action)):
+            raise EnvError(f"{file}: {demo.name} has {len(action)} actions, its attribute 'num_samples' says {rows}")
+        image = {camera: reading.array(obs, camera) for camera in (LIBERO_CAMERAS if cameras is None else cameras)}
+        with reading.naming(f"{file}, {obs.name},"):
+            state = np.concatenate([reading.array(obs, part) for part in LIBERO_STATE], 1)
+        yield dict(image={camera: x[:, ::-1, ::-1] for camera, x in image.items()} if rotate else image, state=state, action=action,
+                   instruction="".join(told).strip().strip('"').lower())
 
 
-def _maniskill(opened: h5py.File, file: Path) -> Iterator[dict]:
-    """`/traj_<i>/{actions, obs/…, success}`; observations have one row more than actions. The .json names task and control mode."""
+def _maniskill(opened: h5py.File, file: Path, cameras: Sequence[str] | None) -> Iterator[dict | None]:
+    """`/traj_<i>/{actions, obs/…, success}`; observations have one row more than actions. The .json names task and control mode,
+    and tells of each episode its length and success."""
     sidecar = file.with_suffix(".json")
-    if not sidecar.is_file():
+    if not sidecar.exists():
         raise EnvError(f"{file} lacks its description {sidecar.name}, which ManiSkill writes beside it")
-    info = _json(sidecar).get("env_info") or {}
-    if "env_id" not in info:
-        raise EnvError(f"{sidecar} lacks env_info/env_id")
-    env_id, mode = info["env_id"], (info.get("env_kwargs") or {}).get("control_mode")
+    described = reading.load_json(sidecar)
+    info = reading.entry(described, "env_info", dict, sidecar, {})
+    env_id = reading.entry(info, "env_id", str, f"{sidecar}: env_info")
+    mode = reading.entry(reading.entry(info, "env_kwargs", dict, sidecar, {}), "control_mode", str, sidecar, None)
     replayed = "pd_ee_delta_pose" if mode == "pd_joint_pos" else mode  # ManiSkill converts from no other into that
     advice = (f": record observations with python -m mani_skill.trajectory.replay_trajectory --traj-path {file} "
               f"-o rgb{f' -c {replayed}' if replayed else ''} --save-traj")
     attrs = dict(env_id=env_id) | ({"control_mode": mode} if mode else {})
-    for name in _numbered(opened, "traj_"):
-        trajectory = opened[name]
-        if "success" in trajectory and not trajectory["success"][:].any():
+    trajectories, told = reading.numbered(opened, "traj_"), {}
+    with reading.naming(f"{sidecar}: episodes"):
+        if "episodes" in described:
+            told = {f"traj_{row['episode_id']}": row for row in described["episodes"]}
+            if told.keys() != set(trajectories) or len(told) != len(described["episodes"]):
+                raise EnvError(f"{sidecar} describes {len(described['episodes'])} episodes, not the {len(trajectories)} of "
+                               f"{file.name}: one of the two is incomplete")
+    for name in trajectories:
+        trajectory, row = reading.member(opened, name), told.get(name, {})
+        action = reading.array(trajectory, "actions", advice)
+        if (steps := reading.entry(row, "elapsed_steps", int, f"{sidecar}: episodes", len(action))) != len(action):
+            raise EnvError(f"{file}: {name} has {len(action)} actions, {sidecar.name} says {steps}")
+        if not reading.entry(row, "success", (bool, int), sidecar, True) or (
+            reading.has(trajectory, "success") and not reading.array(trajectory, "success").any()
+        ):
+            yield None
             continue
-        obs = _of(trajectory, "obs", file, advice)
-        if isinstance(obs, h5py.Dataset):  # obs_mode "state"
-            images, state = [], obs[:-1]
+        if isinstance(obs := reading.member(trajectory, "obs", advice), h5py.Dataset):  # obs_mode "state"
+            image, state = {}, reading.array(trajectory, "obs")[:-1]
         else:
-            cameras = obs["sensor_data"] if "sensor_data" in obs else {}
-            images = [_of(camera, "rgb", file, advice)[:-1] for camera in cameras.values()]
-            parts = [part for group in ("agent", "extra") if group in obs for part in _leaves(obs[group])]
+            sensors = reading.member(obs, "sensor_data") if reading.has(obs, "sensor_data") else {}
+            names = reading.pick(list(sensors), cameras, file)
+            image = {camera: reading.array(reading.member(sensors, camera), "rgb", advice)[:-1] for camera in names}
+            groups = [reading.member(obs, name) for name in ("agent", "extra") if reading.has(obs, name)]
+            parts = [part for group in groups for part in reading.arrays(group)]
             if not parts:
                 raise EnvError(f"{file} lacks {obs.name}/agent{advice}")
             state = np.concatenate([part.reshape(len(part), -1)[:-1] for part in parts], 1)
-        yield dict(image=images, state=state, action=_of(trajectory, "actions", file)[:], attrs=attrs,
-                   instruction=simulator(env_id).instruction(env_id))
-
-
-def _leaves(group: h5py.Group) -> list[np.ndarray]:
-    """All arrays below a group, in the order in which they were recorded, which is that of the environment's state."""
-    return [leaf for value in group.values() for leaf in (_leaves(value) if isinstance(value, h5py.Group) else [value[:]])]
+        yield dict(image=image, state=state, action=action, attrs=attrs, instruction=None)
 
 
 # ----------------------------------------------------------------------------------------------------------------- LeRobot
 
 
-def _lerobot(folder: Path) -> Iterator[dict]:
+def _lerobot(folder: Path, chosen: Sequence[str] | None) -> Iterator[dict | None]:
     """Frames from data/**/*.parquet; pictures from there too, or from videos/; tasks and videos' places from meta/."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
         raise EnvError("LeRobot datasets need pyarrow: pip install pyarrow") from None
-    info = _json(folder / "meta" / "info.json")
-    version = str(info.get("codebase_version", "")).removeprefix("v")
+    meta = folder / "meta" / "info.json"
+    info = reading.load_json(meta)
+    version = reading.entry(info, "codebase_version", str, meta, "").removeprefix("v")
     if version.split(".")[0] not in ("2", "3"):
         raise EnvError(f"{folder} is a LeRobot dataset of version {version or 'unknown'}; v2.0 to v3.0 can be read")
-    features = info.get("features", {})
+    features = reading.entry(info, "features", dict, meta)
+    types = {name: reading.entry(feature, "dtype", str, f"{meta}: {name}", "") for name, feature in features.items()
+             if isinstance(feature, dict)}
 
     def one_of(*names: str) -> str:
-        found = next((name for name in names if name in features), None)
+        found = next((name for name in names if name in types), None)
         if found is None:
-            raise EnvError(f"{folder}/meta/info.json lacks the feature {' or '.join(names)}")
+            raise EnvError(f"{meta} lacks the feature {' or '.join(names)}")
         return found
 
     state, action = one_of("observation.state", "state"), one_of("action", "actions")
-    cameras = {name: feature["dtype"] for name, feature in features.items() if feature.get("dtype") in ("image", "video")}
-    files = sorted((folder / "data").rglob("*.parquet"))
-    if not files:
-        raise EnvError(f"{folder} lacks data/**/*.parquet")
-    stored = [name for name, dtype in cameras.items() if dtype == "image"]
-    columns = ["episode_index", "frame_index", "task_index", state, action, *stored]
-    tasks, videos = _lerobot_tasks(folder), _Videos(folder, info, version.startswith("3"))
-    for file in files:
-        with _reading(file):
+    known = [name for name, kind in types.items() if kind in ("image", "video")]
+    cameras = reading.pick([name for name in known if chosen is not None or not _is_depth(features[name])], chosen, folder)
+    filmed = [name for name in cameras if types[name] == "video"]
+    columns = ["episode_index", "frame_index", "task_index", state, action, *(name for name in cameras if name not in filmed)]
+    if filmed:
+        columns.append("timestamp")
+    if "next.success" in types:
+        columns.append("next.success")
+    places = _places(folder) if version.startswith("3") else None
+    tasks, videos, seen = _lerobot_tasks(folder), _Videos(folder, info, places), {}
+    for file in _data_files(folder, info, places):
+        with reading.naming(file):
             missing = set(columns) - set(pq.read_schema(file).names)
             if missing:
                 raise EnvError(f"{file} lacks the column {', '.join(sorted(missing))}")
             table = pq.read_table(file, columns=columns).combine_chunks()
             for episode in sorted(set(table["episode_index"].to_pylist())):
+                if seen.setdefault(episode, file) != file:
+                    raise EnvError(f"episode {episode} is in {seen[episode]} and again in {file}")
                 rows = table.filter(pa.compute.equal(table["episode_index"], episode)).sort_by("frame_index")
-                task = rows["task_index"][0].as_py()
-                if task not in tasks:
-                    raise EnvError(f"{folder}/meta lacks the text of task {task}")
-                frames = {name: np.stack([_picture(cell, folder) for cell in rows[name].to_pylist()]) for name in stored}
-                for name in cameras.keys() - frames.keys():
-                    frames[name] = videos.read(name, episode, len(rows))
-                yield dict(image=[frames[name] for name in cameras], instruction=tasks[task],
+                if rows["frame_index"].to_pylist() != list(range(len(rows))):
+                    raise EnvError(f"{file}: the {len(rows)} rows of episode {episode} are not frames 0 to {len(rows) - 1}")
+                success = rows["next.success"].to_pylist() if "next.success" in columns else []
+                if any(value is not None for value in success) and not np.any([value for value in success if value is not None]):
+                    yield None
+                    continue
+                told = rows["task_index"].to_pylist()
+                if unknown := set(told) - tasks.keys():
+                    raise EnvError(f"{folder}/meta lacks the text of task {min(unknown)}")
+                image = {}
+                for name in cameras:
+                    if name in filmed:
+                        image[name] = videos.read(name, episode, rows["timestamp"].to_pylist())
+                    else:
+                        image[name] = np.stack([_picture(cell, folder) for cell in rows[name].to_pylist()])
+                yield dict(image=image, instruction=[tasks[task] for task in told],
                            state=np.array(rows[state].to_pylist(), np.float32),
                            action=np.array(rows[action].to_pylist(), np.float32))
+    if (total := reading.entry(info, "total_episodes", int, meta, len(seen))) != len(seen):
+        raise EnvError(f"{meta} tells of {total} episodes, {len(seen)} are in data/")
+
+
+def _is_depth(feature: dict) -> bool:
+    """Whether a camera measures distances, which are no pictures to a policy."""
+    facts = [feature, feature.get("info"), feature.get("video_info")]
+    return any(isinstance(fact, dict) and fact.get("video.is_depth_map") is True for fact in facts)
+
+
+def _data_files(folder: Path, info: dict, places: dict[int, dict] | None) -> list[Path]:
+    """data/**/*.parquet, which must be those, and have as many rows, as meta/ tells.
+
+    places: of v3, `_places`. Where meta/ does not tell, nothing is compared.
+    """
+    import pyarrow.parquet as pq
+
+    meta = folder / "meta" / "info.json"
+    files = sorted((folder / "data").rglob("*.parquet"))
+    if not files:
+        raise EnvError(f"{folder} lacks data/**/*.parquet")
+    total, template = reading.entry(info, "total_episodes", int, meta, None), reading.entry(info, "data_path", str, meta, None)
+    fields = []
+    if places is not None:
+        fields = [{name: row.get(f"data/{name}") for name in ("chunk_index", "file_index")} for row in places.values()]
+    elif total is not None:
+        size = max(1, reading.entry(info, "chunks_size", int, meta, 1000))
+        fields = [dict(episode_chunk=i // size, episode_index=i) for i in range(min(total, len(files) + 1))]
+    if template and fields and None not in fields[0].values():
+        named = {reading.filled(folder, template, f"{meta}: data_path", **which) for which in fields}
+        if missing := sorted(named - set(files)):
+            raise EnvError(f"{folder} lacks {missing[0].relative_to(folder)}: {len(files)} data files are there, and meta/ tells "
+                           f"of {len(places or ()) or total} episodes")
+        if others := sorted(set(files) - named):
+            raise EnvError(f"{others[0]} is none of the data files that meta/ tells of, a copy perhaps: remove it from the folder")
+    rows = 0
+    for file in files:
+        with reading.naming(file):
+            rows += pq.read_metadata(reading.regular(file)).num_rows
+    if (frames := reading.entry(info, "total_frames", int, meta, rows)) != rows:
+        raise EnvError(f"{meta} tells of {frames} frames, data/ has {rows}: it is incomplete, or holds some twice")
+    return files
 
 
 def _lerobot_tasks(folder: Path) -> dict[int, str]:
     """task_index → instruction: meta/tasks.jsonl (v2), meta/tasks.parquet (v3)."""
     import pyarrow.parquet as pq
 
-    if (lines := folder / "meta" / "tasks.jsonl").is_file():
-        with _reading(lines):
-            return {row["task_index"]: row["task"] for row in map(json.loads, filter(str.strip, lines.read_text().splitlines()))}
-    if not (table := folder / "meta" / "tasks.parquet").is_file():
+    if (file := folder / "meta" / "tasks.jsonl").exists():
+        with reading.naming(file):
+            lines = filter(str.strip, reading.regular(file).read_text().splitlines())
+            tasks = {row["task_index"]: row["task"] for row in map(json.loads, lines)}
+    elif (file := folder / "meta" / "tasks.parquet").exists():
+        with reading.naming(file):
+            columns = pq.read_table(reading.regular(file)).to_pydict()
+            text = next((name for name in columns if name != "task_index"), None)  # pandas' index, whose name varies
+            tasks = dict(zip(columns["task_index"], columns.get(text, ())))
+    else:
         raise EnvError(f"{folder} lacks meta/tasks.jsonl (v2) and meta/tasks.parquet (v3)")
-    with _reading(table):
-        columns = pq.read_table(table).to_pydict()
-        text = next((name for name in columns if name != "task_index"), None)  # pandas' index, whose name varies
-        return dict(zip(columns["task_index"], columns.get(text, ())))
+    for index, text in tasks.items():
+        if not isinstance(index, int) or not isinstance(text, str):
+            raise EnvError(f"{file}: task {index!r:.40} is {text!r:.40}, not a text with a number")
+    return tasks
+
+
+def _places(folder: Path) -> dict[int, dict]:
+    """Of v3: episode_index → its row in meta/episodes, which tells in what files it is, and where in its videos."""
+    import pyarrow.parquet as pq
+
+    places: dict[int, dict] = {}
+    for file in sorted((folder / "meta" / "episodes").rglob("*.parquet")):
+        with reading.naming(file):
+            names = [name for name in pq.read_schema(reading.regular(file)).names if not name.startswith("stats/")]
+            for row in pq.read_table(file, columns=names).to_pylist():
+                if places.setdefault(row["episode_index"], row) is not row:
+                    raise EnvError(f"{file}: episode {row['episode_index']} is described twice")
+    return places
 
 
 def _picture(cell: dict | None, folder: Path) -> np.ndarray:
     """A PNG or JPEG inside a parquet cell, or the file it names."""
-    import imageio.v3 as iio
+    from PIL import Image
 
     if not cell or not (cell.get("bytes") or cell.get("path")):
         raise ValueError("a row has no picture")
-    return iio.imread(io.BytesIO(cell["bytes"]) if cell.get("bytes") else folder / cell["path"], plugin="pillow", mode="RGB")
+    if cell.get("bytes"):
+        source = io.BytesIO(cell["bytes"])
+    else:
+        source = reading.regular(reading.inside(folder, cell["path"], "the path of a picture"))
+    with Image.open(source, formats=("PNG", "JPEG", "WEBP")) as picture:
+        if picture.width * picture.height > reading.MAX_PIXELS:
+            raise ValueError(f"a picture claims {picture.width} x {picture.height} pixels")
+        return np.asarray(picture.convert("RGB"))
 
 
 class _Videos:
@@ -320,41 +317,95 @@ class _Videos:
     Each camera's file stays open and is read forwards, since the episodes of a long one follow one another.
     """
 
-    def __init__(self, folder: Path, info: dict, pieces: bool):
-        self.folder, self.info, self.pieces = folder, info, pieces
-        self.places: dict[int, dict] = {}  # v3: episode_index → its row in meta/episodes
-        self.open: dict[str, tuple[Path, Iterator[np.ndarray], int]] = {}  # camera → file, its frames, number of the next one
-        if pieces:
-            import pyarrow.parquet as pq
+    def __init__(self, folder: Path, info: dict, places: dict[int, dict] | None):
+        self.folder, self.info, self.places = folder, info, places
+        self.open: dict[str, _Video] = {}  # by camera
 
-            for file in sorted((folder / "meta" / "episodes").rglob("*.parquet")):
-                with _reading(file):
-                    self.places |= {row["episode_index"]: row for row in pq.read_table(file).to_pylist()}
-
-    def read(self, camera: str, episode: int, length: int) -> np.ndarray:
-        """The `length` frames (T, H, W, 3) of an episode."""
-        import imageio.v3 as iio
-
-        keys, first = dict(episode_chunk=episode // self.info.get("chunks_size", 1000), episode_index=episode), 0
-        if self.pieces:
+    def read(self, camera: str, episode: int, times: list[float]) -> np.ndarray:
+        """The pictures (T, H, W, 3) of an episode whose rows have these times, s. A picture must be within half an interval of its
+        row: rows and pictures are not counted, since either may pause."""
+        meta = self.folder / "meta" / "info.json"
+        keys: dict[str, int | str] = dict(
+            episode_chunk=episode // max(1, reading.entry(self.info, "chunks_size", int, meta, 1000)), episode_index=episode
+        )
+        first = 0.0
+        if self.places is not None:
             if episode not in self.places:
                 raise EnvError(f"{self.folder} lacks episode {episode} in meta/episodes/**/*.parquet")
-            with _reading(f"{self.folder}/meta, of episode {episode},"):
-                place = {name: self.places[episode][f"videos/{camera}/{name}"]
-                         for name in ("chunk_index", "file_index", "from_timestamp")}
-                keys, first = place, round(place.pop("from_timestamp") * self.info["fps"])
-        if not self.info.get("video_path"):
-            raise EnvError(f"{self.folder}/meta/info.json lacks video_path")
-        with _reading(f"{self.folder}/meta/info.json, video_path,"):
-            file = self.folder / self.info["video_path"].format(video_key=camera, **keys)
-        if not file.is_file():
+            with reading.naming(f"{self.folder}/meta, of episode {episode},"):
+                keys = {name: int(self.places[episode][f"videos/{camera}/{name}"]) for name in ("chunk_index", "file_index")}
+                first = float(self.places[episode][f"videos/{camera}/from_timestamp"])
+        template, place = reading.entry(self.info, "video_path", str, meta), f"{meta}: video_path"
+        file = reading.filled(self.folder, template, place, video_key=camera, **keys)
+        if not file.exists():
             raise EnvError(f"{self.folder} lacks the video {file.relative_to(self.folder)}")
-        opened, frames, position = self.open.get(camera, (None, iter(()), 0))
-        if opened != file or first < position:
-            frames, position = iter(iio.imiter(file, plugin="FFMPEG")), 0
-        with _reading(file):
-            piece = list(itertools.islice(frames, first - position, first - position + length))
-        if len(piece) < length:
-            raise EnvError(f"{file} has {len(piece)} frames of episode {episode}, its data {length}")
-        self.open[camera] = file, frames, first + length
-        return np.stack(piece)
+        tolerance = 0.5 / max(1e-6, reading.entry(self.info, "fps", (int, float), meta))
+        video = self.open.get(camera)
+        if video is None or video.file != file or first + times[0] < video.time - tolerance:
+            self.open[camera] = video = _Video(file)
+        pictures = []
+        for row, time in enumerate(times):
+            picture = video.nearest(first + time)
+            if not (away := abs(video.time - first - time)) <= 1.001 * tolerance:  # its times are rounded
+                raise EnvError(f"{file}: the nearest picture to row {row} of episode {episode} ({first + time:.3f} s) is {away:.3f}"
+                               f" s away, more than half an interval at {self.info['fps']} fps")
+            pictures.append(picture)
+        return np.stack(pictures)
+
+
+class _Video:
+    """A video that is read forwards, by time."""
+
+    def __init__(self, file: Path):
+        self.file, self.frames = file, _frames(reading.regular(file))
+        self.time, self.picture = next(self.frames, (np.inf, np.zeros((0, 0, 3), np.uint8)))
+        self.ahead = next(self.frames, None)
+
+    def nearest(self, time: float) -> np.ndarray:
+        """The picture (H, W, 3) whose time, then `self.time`, is nearest to this one, of those not passed yet."""
+        while self.ahead is not None and abs(self.ahead[0] - time) <= abs(self.time - time):
+            self.time, self.picture = self.ahead
+            self.ahead = next(self.frames, None)
+        return self.picture
+
+
+def _frames(file: Path) -> Iterator[tuple[float, np.ndarray]]:
+    """(time in s, picture (H, W, 3)) of all frames that an MP4 file stores: none is added where it pauses."""
+    import imageio_ffmpeg
+
+    command = [
+        imageio_ffmpeg.get_ffmpeg_exe(), *"-nostdin -hide_banner -nostats -loglevel info -xerror -err_detect explode".split(),
+        # No other file, and of this one MP4 alone: other formats can name further files or addresses.
+        *f"-copyts -max_pixels {reading.MAX_PIXELS} -protocol_whitelist file -f mov -i".split(), f"file:{file}",
+        *"-map 0:v:0 -vf showinfo -fps_mode passthrough -f image2pipe -c:v ppm pipe:1".split(),
+    ]
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, stdin=subprocess.DEVNULL)
+        try:
+            place, unit = 0, None
+            while (kind := process.stdout.readline()) == b"P6\n":
+                W, H = map(int, process.stdout.readline().split())
+                process.stdout.readline()
+                picture = process.stdout.read(3 * H * W)
+                if len(picture) < 3 * H * W:
+                    break
+                match = None
+                while not match:  # showinfo wrote of this frame before ffmpeg sent it
+                    text = os.pread(log.fileno(), 1 << 16, place)
+                    unit = unit or re.search(rb"config in time_base: (\d+)/(\d+)", text)
+                    match = re.search(rb"\] n: *\d+ pts: *(-?\d+|NOPTS) ", text)
+                    place += match.end() if match else max(0, len(text) - 200)
+                    if not match and len(text) < 1 << 16:
+                        raise EnvError(f"{file} has a frame without a time")
+                if match[1] == b"NOPTS":
+                    raise EnvError(f"{file} has a frame without a time")
+                yield int(match[1]) * int(unit[1]) / int(unit[2]), np.frombuffer(picture, np.uint8).reshape(H, W, 3)
+            process.stdout.close()
+            if process.wait() or kind:
+                end = os.pread(log.fileno(), 1 << 16, max(0, os.fstat(log.fileno()).st_size - (1 << 16)))
+                lines = [line for line in end.decode(errors="replace").splitlines() if "rror" in line or "nvalid" in line]
+                reason = re.sub(r"^(\[[^]]*\] ?)+", "", lines[-1]) if lines else f"ffmpeg ended with {process.returncode}"
+                raise EnvError(f"{file} cannot be decoded: {reason}")
+        finally:
+            process.kill()
+            process.wait()

@@ -1,19 +1,21 @@
 """Demonstrations: scripted experts acting in the real simulator, written to one HDF5 file.
 
-File format (`FORMAT`): attributes `format`, `env_id`, `obs_mode`, `control_mode`, `image_size`, `instruction`, `noise`; one group
-`episode_<i>` per successful episode with
+File format (`FORMAT`): attributes `format`, `env_id`, `obs_mode`, `control_mode`, `image_size`, `instruction`, `noise`, `cameras`
+(their names); one group `episode_<i>` per successful episode with
 
     image   uint8   (T, cameras, H, W, 3)  what the policy saw before each action (no cameras in obs_mode "state")
     state   float32 (T, S)                 its state vector
     action  float32 (T, A)                 the expert's clean action in [-1, 1]
     objects float32 (T, objects, 3)        where the movable objects are, m (privileged: for pre-training perception, not acting)
 
-and attributes `seed`, `steps`. Episodes that fail are not written.
+and attributes `seed`, `steps`, and `instruction`, where it is not that of the file. Episodes that fail are not written.
 """
 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,7 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
+from pi_stepnft.envs import reading
 from pi_stepnft.envs.base import TRAIN_SEEDS, EnvError, Environment
 from pi_stepnft.envs.simulators import simulator
 
@@ -30,7 +33,7 @@ ARRAYS = ("image", "state", "action", "objects")
 
 @dataclass
 class Demos:
-    """Episodes in memory, one after the other: arrays as in the file with N rows; start (E,) is the first row of each episode."""
+    """Episodes, one after the other: arrays as in the file with N rows; start (E,) is the first row of each episode."""
 
     image: np.ndarray
     state: np.ndarray
@@ -38,14 +41,39 @@ class Demos:
     objects: np.ndarray
     start: np.ndarray
     attrs: dict
-    instructions: list[str] | None = None
-    """of each episode; None: attrs["instruction"] in all"""
+    instructions: list[str]
+    """all that occur"""
+    told: np.ndarray
+    """(N,) int32: which of the instructions belongs to each row"""
+    cameras: tuple[str, ...] = ()
+    """names, in the order of the pictures"""
+    failed: int = 0
+    """episodes that the file marks as failures, and that were left out"""
 
     def text(self, rows: np.ndarray) -> list[str]:
         """The instruction of each of the given rows (b,)."""
-        if self.instructions is None:
-            return [self.attrs["instruction"]] * len(rows)
-        return [self.instructions[episode] for episode in np.searchsorted(self.start, rows, side="right") - 1]
+        return [self.instructions[i] for i in self.told[rows]]
+
+    def match(self, cameras: Sequence[str]) -> bool:
+        """Keep the cameras that belong to those of an environment, in its order; False, and nothing is done, if names do not tell.
+
+        Names are compared without what the formats add; otherwise it counts where the cameras are (`reading.place_of`), if all
+        are in different places. Pictures move within their file, for they may be more than fit into memory.
+        """
+        bare = lambda name: re.sub(r"^observation\.(images?\.)?|_(rgb|image)$", "", name)
+        for key in (bare, reading.place_of):
+            known, wanted = list(map(key, self.cameras)), list(map(key, cameras))
+            if len(known) == len(set(known)) and len(wanted) == len(set(wanted)) and set(wanted) <= set(known):
+                order = [known.index(camera) for camera in wanted]
+                break
+        else:
+            return False
+        if order != list(range(len(self.cameras))):
+            for first in range(0, len(self.image), 256):
+                rows = self.image[first : first + 256]
+                rows[:, : len(order)] = rows[:, order]
+            self.image, self.cameras = self.image[:, : len(order)], tuple(self.cameras[i] for i in order)
+        return True
 
     def chunks(self, horizon: int, absolute: bool = False) -> np.ndarray:
         """(N, horizon, A): the actions from each step on. Past an episode's end the arm rests and the gripper stays as it was.
@@ -86,7 +114,8 @@ def demonstrate(env: Environment, seed: int, noise: float, observe: bool = True)
         executed = action.copy()
         executed[:3] += noise * np.abs(action[:3]).max() * rng.standard_normal(3)[: len(action)]
         _, _, truncated, _ = env.step(executed[None])
-    return {name: np.stack(values) for name, values in rows.items()} | {"seed": seed} if env.success else None
+    told = dict(seed=seed, instruction=env.instruction)
+    return {name: np.stack(values) for name, values in rows.items()} | told if env.success else None
 
 
 def collect(
@@ -107,7 +136,7 @@ def collect(
         with h5py.File(temporary, "w") as file, tqdm(total=count, desc="demonstrations", disable=not progress) as bar:
             file.attrs.update(
                 format=FORMAT, env_id=spec.env_id, obs_mode=spec.obs_mode, control_mode=spec.control_mode,
-                image_size=spec.image_size, instruction=venv.instruction, noise=noise,
+                image_size=spec.image_size, instruction=venv.instruction, noise=noise, cameras=venv.cameras,
             )
             while done < count:
                 seeds = range(first_seed + tried, first_seed + tried + count - done)
@@ -116,7 +145,7 @@ def collect(
                     if episode is None:
                         continue
                     group = file.create_group(f"episode_{done}")
-                    group.attrs.update(seed=episode["seed"], steps=len(episode["action"]))
+                    group.attrs.update(seed=episode["seed"], steps=len(episode["action"]), instruction=episode["instruction"])
                     for name in ARRAYS:
                         group.create_dataset(name, data=episode[name], compression="lzf" if name == "image" else None)
                     done += 1
@@ -135,20 +164,35 @@ def read(path: str | Path, **expected: str) -> Demos:
     expected: attributes that the file must have, e.g. env_id="PickCube-v1"; another value is an EnvError too.
     """
     path = Path(path)
-    try:
-        with h5py.File(path) as file:
-            if file.attrs.get("format") != FORMAT:
-                raise EnvError(f"{path} is not a demonstration file: its attribute 'format' is not {FORMAT!r}")
-            for name, value in expected.items():
-                if file.attrs.get(name) != value:
-                    raise EnvError(f"{path} was made for {name} {file.attrs.get(name)!r}, not {value!r}")
-            groups = [file[f"episode_{i}"] for i in range(len(file))]
-            if not groups:
-                raise EnvError(f"{path} holds no episodes")
-            columns = {name: np.concatenate([g[name][:] for g in groups]) for name in ARRAYS}
-            lengths = [len(g["action"]) for g in groups]
-            return Demos(**columns, start=np.cumsum([0, *lengths[:-1]]), attrs=dict(file.attrs))
-    except FileNotFoundError:
-        raise EnvError(f"no demonstration file at {path}") from None
-    except (OSError, KeyError) as error:
-        raise EnvError(f"{path} cannot be read as a demonstration file: {error}") from None
+    if not path.exists():
+        raise EnvError(f"no demonstration file at {path}")
+    return Demos(**reading.gather(episodes, path, {}, expected=expected))
+
+
+def episodes(path: Path, cameras: Sequence[str] | None = None) -> Iterator[dict]:
+    """What `reading.join` takes of a demonstration file, in the child process. cameras: which ones, in order; default: all."""
+    with reading.hdf5(path) as file:
+        if reading.attribute(file, "format") != FORMAT:
+            raise EnvError(f"{path} is not a demonstration file: its attribute 'format' is not {FORMAT!r}")
+        names = ("env_id", "obs_mode", "control_mode", "image_size", "instruction", "noise")
+        attrs = {name: value for name in names if (value := reading.attribute(file, name)) is not None}
+        groups = reading.numbered(file, "episode_")
+        if not groups:
+            raise EnvError(f"{path} holds no episodes")
+        if groups != [f"episode_{i}" for i in range(len(file))]:
+            raise EnvError(f"{path} holds {len(file)} entries, which are not episode_0 to episode_{len(file) - 1}")
+        for name in groups:
+            episode = reading.member(file, name)
+            arrays = {column: reading.array(episode, column) for column in ARRAYS}
+            image = arrays["image"]
+            if image.ndim != 5 or (image.size and image.dtype != np.uint8):
+                raise EnvError(f"{path}: {name}/image is {image.dtype} {image.shape}, not uint8 (T, cameras, H, W, 3)")
+            known = reading.attribute(file, "cameras") or ()
+            if len(known) != image.shape[1]:  # a file of version 0.1
+                known = [f"camera {i}" for i in range(image.shape[1])]
+            chosen = known if cameras is None else reading.pick(known, cameras, path)
+            if len(arrays["action"]) != (steps := reading.attribute(episode, "steps") or len(arrays["action"])):
+                raise EnvError(f"{path}: {name} has {len(arrays['action'])} actions, its attribute 'steps' says {steps}")
+            instruction = reading.attribute(episode, "instruction") or attrs.get("instruction", "")
+            yield arrays | dict(image=image[:, [known.index(camera) for camera in chosen]], cameras=chosen, attrs=attrs,
+                                instruction=instruction)

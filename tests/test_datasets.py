@@ -61,7 +61,10 @@ def write_libero(file: Path, episodes: list[dict], text: str) -> None:
 
 
 def write_maniskill(file: Path, episodes: list[dict], obs_mode: str, success=(True, True)) -> None:
-    description = dict(env_info=dict(env_id="PickCube-v1", env_kwargs=dict(obs_mode=obs_mode, control_mode="pd_ee_delta_pose")))
+    description = dict(
+        env_info=dict(env_id="PickCube-v1", env_kwargs=dict(obs_mode=obs_mode, control_mode="pd_ee_delta_pose")),
+        episodes=[dict(episode_id=i, elapsed_steps=len(e["action"]), success=success[i]) for i, e in enumerate(episodes)],
+    )
     file.with_suffix(".json").write_text(json.dumps(description))
     after = lambda x: np.concatenate([x, x[-1:]])  # observations have one row more
     with h5py.File(file, "w", track_order=True) as opened:
@@ -90,20 +93,24 @@ def write_lerobot(folder: Path, episodes: list[dict], version: str, pictures: st
         codebase_version=version, fps=10, chunks_size=1000,
         features={key: dict(dtype=pictures) for key in keys}
         | {"observation.state": dict(dtype="float32"), "action": dict(dtype="float32")},
+        total_episodes=len(episodes), total_frames=sum(len(episode["action"]) for episode in episodes),
+        data_path="data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet" if three
+        else "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
         video_path="videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4" if three
         else "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4",
     )
     tables, meta, first = [], [], 0
     for i, episode in enumerate(episodes):
         T = len(episode["action"])
-        columns = dict(episode_index=[i] * T, frame_index=range(T), task_index=[i] * T)
+        columns = dict(episode_index=[i] * T, frame_index=range(T), task_index=[i] * T, timestamp=[t / 10 for t in range(T)])
         columns |= {"observation.state": list(episode["state"]), "action": list(episode["action"])}
         if pictures == "image":
             cell = lambda image: dict(bytes=iio.imwrite("<bytes>", image, extension=".png"), path="")
             columns |= {key: list(map(cell, episode["image"][:, j])) for j, key in enumerate(keys)}
         tables.append(pa.table({name: list(values) for name, values in columns.items()}))
-        meta.append(dict(episode_index=i) | {f"videos/{key}/{name}": value for key in keys for name, value in
-                                             dict(chunk_index=0, file_index=0, from_timestamp=first / 10).items()})
+        place = dict(chunk_index=0, file_index=0, from_timestamp=first / 10)
+        meta.append({"episode_index": i, "data/chunk_index": 0, "data/file_index": 0}
+                    | {f"videos/{key}/{name}": value for key in keys for name, value in place.items()})
         first += T
     files = {f"data/chunk-000/episode_{i:06d}.parquet": table for i, table in enumerate(tables)}
     if three:
@@ -129,6 +136,20 @@ def write_lerobot(folder: Path, episodes: list[dict], version: str, pictures: st
                 )
                 file.parent.mkdir(parents=True, exist_ok=True)
                 iio.imwrite(file, clip, fps=10, macro_block_size=1, quality=10)
+
+
+def edit(file: Path, **columns: list) -> None:
+    """Put these columns into a parquet file, in place of those of the same name."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pq.read_table(file)
+    for name, values in columns.items():
+        table = table.drop_columns([name]) if name in table.column_names else table
+        table = table.append_column(name, pa.array(values))
+    pq.write_table(table, file)
+
+
+def edit_json(file: Path, **values) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 def test_libero(tmp_path, episodes):
@@ -172,6 +193,7 @@ def test_lerobot_vectors_of_one_dimension_and_episodes_in_any_order(tmp_path, ep
     table = table.set_column(table.schema.get_field_index("action"), "action", pa.array(gain))  # stored as numbers, not lists
     pq.write_table(table.slice(LENGTHS[0]), file)  # the later episode is read first, so the video starts again
     pq.write_table(table.slice(0, LENGTHS[0]), file.with_name("file-001.parquet"))
+    edit(tmp_path / "meta/episodes/chunk-000/file-000.parquet", **{"data/file_index": [1, 0]})
     data = datasets.read(tmp_path)
     assert data.action.tolist() == [[x] for x in [5, 6, 7, 0, 1, 2, 3, 4]] and data.chunks(2).shape == (8, 2, 1)
     assert np.abs(data.image[:3].astype(float) - episodes[1]["image"]).mean() <= 3
@@ -209,12 +231,13 @@ def test_without_pyarrow(tmp_path, episodes, monkeypatch):
     write_lerobot(tmp_path, episodes, "v2.1", "image")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(envs.EnvError, match="pip install pyarrow"):
-        datasets.read(tmp_path)
+        next(datasets.episodes(tmp_path, None, None))
 
 
 def test_what_follows_an_episode():
     arrays = dict(image=np.zeros((3, 0, 0, 0, 3), np.uint8), state=np.zeros((3, 1)), objects=np.zeros((3, 0, 3)))
-    data = demos.Demos(**arrays, action=np.array([[1.0, 1], [2, -1], [3, 1]]), start=np.array([0, 2]), attrs={})
+    data = demos.Demos(**arrays, action=np.array([[1.0, 1], [2, -1], [3, 1]]), start=np.array([0, 2]), attrs={},
+                      instructions=["go"], told=np.zeros(3, np.int32))
     assert data.chunks(2)[1].tolist() == [[2, -1], [0, -1]]
     assert data.chunks(2, absolute=True)[1].tolist() == [[2, -1], [2, -1]]
 
@@ -242,7 +265,7 @@ def test_what_follows_an_episode():
         ("damaged info", "info.json cannot be read"),
         ("damaged picture", "episode_000000.parquet cannot be read"),
         ("no places of videos", "lacks episode 0 in meta/episodes"),
-        ("fewer frames", "has 3 frames of episode 0, its data 5"),
+        ("fewer frames", "the nearest picture to row 3 of episode 0 (0.300 s) is 0.100 s away"),
     ],
 )
 def test_what_a_file_lacks_is_named_in_one_line(spoil, named, tmp_path, episodes):
