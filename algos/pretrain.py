@@ -87,7 +87,7 @@ def main(args: Args) -> None:
             data = demos.collect(path, venv, args.episodes, noise=args.noise, first_seed=envs.TRAIN_SEEDS + 100_000_000)
         venv.close()
     if rgb:
-        instruction, state_dim = data.attrs["instruction"], data.state.shape[1]
+        state_dim = data.state.shape[1]
         if len(data.start) < 2 or not data.objects.size:
             raise harness.RunError(f"{path} holds {len(data.start)} episodes with {data.objects.shape[1]} movable objects: one to "
                                    "locate is needed, and two episodes, one of which is held out")
@@ -117,7 +117,7 @@ def main(args: Args) -> None:
         """What is told of scenes `rows` (b,) and random numbers in their prompts (b, copies, count); the truth (b, 1, count)."""
         drawn = 2.2 * torch.rand(len(rows), numbers) - 1.1  # states leave the range of the demonstrations: bins -1 and 255
         obs = {"state": F.pad(drawn, (0, state_dim - numbers)).numpy()} | ({"image": data.image[rows.numpy()]} if rgb else {})
-        *inputs, state = policy.processor(obs, [instruction] * len(rows))
+        *inputs, state = policy.processor(obs, data.text(rows.numpy()) if rgb else [instruction] * len(rows))
         x_t = torch.zeros(len(rows), config.horizon, config.action_dim, device=device)
         chunk = -policy.velocity(policy.encode_prefix(*inputs), torch.zeros_like(state), x_t, torch.ones(len(rows), device=device))
         return chunk.reshape(len(rows), copies, -1)[..., :count], torch.cat((drawn, located[rows]), dim=1)[:, None].to(device)

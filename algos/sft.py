@@ -44,6 +44,9 @@ class Args(harness.TrainArgs):
     dataset: str | None = None
     """demonstrations to read instead of collecting some: this project's file, LIBERO's or ManiSkill's HDF5, or the folder of a
     LeRobot dataset; all of them, whatever --demos says"""
+    cameras: tuple[str, ...] = ()
+    """with --dataset: names of its cameras to use, in the environment's order; default: those that match the environment's by name
+    or by place (beside the robot, on its wrist)"""
     rotate_images: bool | None = None
     """with --dataset: turn the pictures by 180°; default: those of LIBERO's HDF5 files, as the field does"""
     absolute_actions: bool = False
@@ -106,8 +109,11 @@ def main(args: Args) -> None:
     data, venv = None, None
     if args.dataset:  # before the simulators start, which takes longer than to find a file wanting
         data = datasets.read(
-            args.dataset, obs_mode=args.obs_mode, rotate=args.rotate_images, image_size=image_size, env_id=args.env_id
+            args.dataset, obs_mode=args.obs_mode, rotate=args.rotate_images, image_size=image_size, cameras=args.cameras or None,
+            env_id=args.env_id,
         )
+        if data.failed:
+            print(f"{args.dataset}: {data.failed} episodes are left out, which it marks as failures")
     if args.eval_episodes:  # the scripted experts' back end
         venv = harness.make_envs(args, num_envs=args.num_envs, image_size=image_size, chunk=args.execute, backend="cpu")
     size = f"{image_size}px-" if args.obs_mode == "rgb" else ""
@@ -116,6 +122,10 @@ def main(args: Args) -> None:
         data = demos.read(path, env_id=args.env_id, obs_mode=args.obs_mode)
     elif not data:
         data = demos.collect(path, venv, args.demos, noise=args.demo_noise)
+    if args.dataset and data.cameras:
+        told = args.cameras or (venv and data.match(venv.cameras))
+        print(f"cameras: {', '.join(data.cameras)}" + (f" as {', '.join(venv.cameras)}" if venv else "")
+              + ("" if told else ", in the order of the data: --cameras takes others, or another order"))
     chunks = data.chunks(args.horizon, args.absolute_actions)  # (N, H, A)
     cameras, S, A = data.image.shape[1], data.state.shape[1], chunks.shape[-1]
     if venv:
