@@ -27,7 +27,7 @@ import tyro
 from tqdm import tqdm
 
 from pi_stepnft import envs, harness, policies
-from pi_stepnft.harness import Count, CountOrZero, RunError, Seed, charts, films, report
+from pi_stepnft.harness import Batch, Count, CountOrZero, RunError, Seed, SizeOrZero, charts, films, report
 from pi_stepnft.harness.evaluation import Evaluation, evaluate
 from pi_stepnft.harness.statistics import over_seeds, summarise
 
@@ -53,11 +53,11 @@ class Args:
     tasks together: 500 are 50 of each, the field's protocol"""
     eval_seed: Seed = envs.EVAL_SEED
     """first seed; choose settings on others (envs.TUNING_SEED) than those you report on"""
-    num_envs: Count = 64
+    num_envs: Batch = 64
     """environments side by side; the noise of an episode depends on it: as in training for the same outcomes"""
-    execute: CountOrZero = 0
+    execute: SizeOrZero = 0
     """actions executed of each predicted chunk; 0: as in each checkpoint"""
-    num_steps: CountOrZero = 0
+    num_steps: SizeOrZero = 0
     """solver steps; 0: as in each checkpoint"""
     output: str | None = None
     """folder of the results; default: runs/eval-<task>-<mode>-<digest of the checkpoints>. What it holds already is not repeated"""
@@ -73,7 +73,7 @@ class Args:
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """precision of the computation, with the published float32 parts"""
-    num_threads: CountOrZero = 0
+    num_threads: SizeOrZero = 0
     """torch threads; 0: one per core"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the policies compute; auto: cuda where there is one"""

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from pi_stepnft import envs, harness
-from pi_stepnft.harness import Count, CountOrZero, Positive, Share
+from pi_stepnft.harness import Count, CountOrZero, Positive, Share, Size
 from pi_stepnft.policies.pi0 import sample_time
 
 
@@ -42,7 +42,7 @@ class Args(harness.RLArgs):
     """passes over each iteration's chunks, each at fresh noise and times"""
     learning_rate: Positive = 3e-5
     """Adam's"""
-    draws: Count = 4
+    draws: Size = 4
     """noise/time draws per chunk and pass: they share its prefix and cost little"""
     beta: Positive = 1.0
     """β, how far the implicit policies v_old ± β·(v_θ − v_old) lie apart (authors: 1, or 0.1)"""

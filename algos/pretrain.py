@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from pi_stepnft import envs, harness, policies
 from pi_stepnft.envs import demos
-from pi_stepnft.harness import Count, Positive, PositiveOrZero
+from pi_stepnft.harness import Batch, Count, Positive, PositiveOrZero, Size
 
 
 @dataclass
@@ -47,15 +47,15 @@ class Args(harness.TaskArgs):
     """rgb: noise on the expert's executed translation, relative to it: variety of scenes"""
     dataset: str | None = None
     """rgb: file with the rendered scenes; by default one in demos/ named after these options, rendered if it is not there"""
-    image_size: Count = 96
+    image_size: Size = 96
     """side of the camera image, px"""
-    patch_size: Count = 16
+    patch_size: Size = 16
     """side of a vision patch, px"""
 
     # training
     steps: Count | None = None
     """optimizer steps; default: 3.5 passes over the scenes for π0, 3000 for π0.5, whose numbers are ever new"""
-    batch_size: Count = 96
+    batch_size: Batch = 96
     """pictures and prompts per step"""
     learning_rate: Positive = 1e-3
     """peak of a schedule with 5 % warm-up and cosine decay to zero"""

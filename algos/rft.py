@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from pi_stepnft import envs, harness, policies
-from pi_stepnft.harness import Count, Positive, PositiveOrZero
+from pi_stepnft.harness import Count, Positive, PositiveOrZero, Size
 from pi_stepnft.policies.pi0 import sample_time
 
 
@@ -47,7 +47,7 @@ class Args(harness.RLArgs):
     """passes over the chunks of an iteration's update, each at fresh noise and times"""
     learning_rate: Positive = 3e-5
     """Adam's"""
-    draws: Count = 4
+    draws: Size = 4
     """noise/time draws per chunk and pass: they share its prefix and cost little"""
 
 

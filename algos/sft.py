@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from pi_stepnft import harness, policies
 from pi_stepnft.envs import datasets, demos
-from pi_stepnft.harness import Count, CountOrZero, Positive, PositiveOrZero
+from pi_stepnft.harness import Batch, Count, CountOrZero, Positive, PositiveOrZero, Size
 from pi_stepnft.harness.evaluation import evaluate
 from pi_stepnft.harness.films import record
 
@@ -48,7 +48,7 @@ class Args(harness.TrainArgs):
     """with --dataset: names of its cameras to use, in the environment's order; default: those that match the environment's by name
     or by place (beside the robot, on its wrist)"""
     rotate_images: bool | None = None
-    """with --dataset: turn the pictures by 180°; default: those of LIBERO's HDF5 files, as the field does"""
+    """with --dataset: turn the pictures by 180°, or do not (--no-…); default: LIBERO's HDF5 files are turned, as the field does"""
     absolute_actions: bool = False
     """with --dataset: actions are targets, not differences, so the last one is repeated past an episode's end"""
 
@@ -58,9 +58,9 @@ class Args(harness.TrainArgs):
     transformers are, see policies/lora.py"""
     steps: Count = 1500
     """optimizer steps"""
-    batch_size: Count = 64
+    batch_size: Batch = 64
     """observations per step"""
-    draws: Count = 4
+    draws: Size = 4
     """noise/time draws per observation: they share one prefix and cost little (docs/sft.md)"""
     learning_rate: Positive = 1e-3
     """peak of a schedule with 5 % warm-up and cosine decay to zero"""
@@ -70,17 +70,17 @@ class Args(harness.TrainArgs):
     """gradient clipping"""
 
     # the policy, and its evaluation
-    horizon: Count = 4
+    horizon: Size = 4
     """actions per predicted chunk"""
-    execute: Count = 4
+    execute: Size = 4
     """actions executed before the next observation"""
-    num_steps: Count = 4
+    num_steps: Size = 4
     """solver steps K at evaluation (the authors' value)"""
-    image_size: Count = 96
+    image_size: Size = 96
     """side of the camera image, px, for a new policy"""
     eval_episodes: CountOrZero = 200
     """held-out evaluation episodes; with --dataset also 0: none, and no simulator is needed"""
-    num_envs: Count = 32
+    num_envs: Batch = 32
     """environments of the evaluation"""
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from gymnasium.spaces import Box
+from pydantic import Field, TypeAdapter, ValidationError
 
 TRAIN_SEEDS = 500_000_000
 """Training episodes use seeds below this, demonstrations those from here to TUNING_SEED."""
@@ -39,8 +40,36 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {', '.join(near)}?" if near else ""
 
 
+EXPECTED = dict(
+    greater_than="greater than {gt:.10g}", greater_than_equal="at least {ge:.10g}", less_than="less than {lt:.10g}",
+    less_than_equal="at most {le:.10g}", finite_number="a finite number", literal_error="{expected}", none_required="nothing",
+    string_type="text", string_too_short="text that is not empty",
+)
+EXPECTED |= dict.fromkeys(("int_type", "int_parsing", "int_parsing_size", "int_from_float"), "a whole number")
+EXPECTED |= dict.fromkeys(("float_type", "float_parsing"), "a number")
+EXPECTED |= dict.fromkeys(("bool_type", "bool_parsing"), "true or false")
+EXPECTED |= dict.fromkeys(("list_type", "tuple_type"), "a list")
+EXPECTED |= dict.fromkeys(("dict_type", "dataclass_type", "model_type"), "names with values")
+"""What pydantic's errors say of a value, in our words."""
+
+
+def explain(error: ValidationError, name: Callable[[str], str] = str, depth: int = 1) -> str:
+    """What is wrong with the first value that pydantic refuses: "seed must be at least 0, got -1". An error of pydantic's names a
+    place in nested values, of which `depth` parts are told; the alternatives of a union are parts behind that."""
+    first, *more = error.errors(include_url=False)
+    place, whole = (name(".".join(map(str, first["loc"][:parts]))) for parts in (depth, None))
+    if first["type"] in ("missing", "extra_forbidden", "unexpected_keyword_argument"):
+        return f"{whole} is {'missing' if first['type'] == 'missing' else 'unknown'}"
+    found = repr(first["input"])
+    either = [first, *(other for other in more if other["loc"][:depth] == first["loc"][:depth])]
+    told = [EXPECTED.get(e["type"], e["msg"].removeprefix("Input should be ")).format(**e.get("ctx", {})) for e in either]
+    return f"{place} must be {' or '.join(dict.fromkeys(told))}, got {found if len(found) < 80 else found[:70] + '…'}".strip()
+
+
 def import_module(name: str) -> None:
     """Import the module of a user's own task. EnvError, in one line, where that fails."""
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise EnvError(f"{name!r} is no module's name: a task of your own is my_module:MyTask-v1")
     try:
         importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -56,18 +85,21 @@ def no_expert(env_id: str, known: str) -> EnvError:
     return EnvError(f"no scripted expert for {env_id!r}, only for {known}: bring demonstrations of your own with --dataset")
 
 
+Pixels = Annotated[int, Field(ge=1, le=4096)]
+
+
 @dataclass(frozen=True)
 class Spec:
-    """All that a worker process needs to build its environments; each simulator adds options of its own."""
+    """All that a worker process needs to build its environments; each simulator adds options of its own, with their types."""
 
     env_id: str
-    obs_mode: str = "rgb"
+    obs_mode: Literal["rgb", "state"] = "rgb"
     """"rgb": camera images and a state without privileged object poses; "state": no images, privileged state."""
-    image_size: int = 96
+    image_size: Pixels = 96
     """Side of the square camera images, px."""
-    max_episode_steps: int | None = None
+    max_episode_steps: Annotated[int, Field(ge=1)] | None = None
     """None: the task's own limit."""
-    video_size: int = 256
+    video_size: Pixels = 256
     """Side of the pictures for people, px."""
     instruction: str | None = None
     """In place of the task's own."""
@@ -76,6 +108,8 @@ class Spec:
     """What an action means, which demonstrations are marked with."""
     death: ClassVar[str] = "too little memory, perhaps: take fewer environments"
     """Why a worker process may have been killed, and what to do."""
+    internal: ClassVar[tuple[str, ...]] = "env_id", "obs_mode"
+    """Fields that are no options: `envs.make` or the simulator fills them in."""
 
     def create(self, slot: int, num_envs: int) -> Environment:
         """The environment for place `slot` among `num_envs`. Called in a worker; EnvError where the task cannot be had."""
@@ -148,12 +182,16 @@ class Simulator(Protocol):
         """Raise EnvError, in one line, for a task that does not exist, needs a download, or lacks its driver; create nothing."""
 
     def spec(self, env_id: str, **options: Any) -> Spec:
-        """What `envs.make` was asked for. EnvError, which names all there are, for an option that means nothing here."""
-        known = [field.name for field in fields(self.Spec) if field.name != "env_id"]
-        if unknown := [name for name in options if name not in known]:
+        """What `envs.make` was asked for. EnvError for an option that means nothing here, with all that do, or of another type."""
+        names = [field.name for field in fields(self.Spec)]
+        if unknown := [name for name in options if name not in names]:
+            known = [name for name in names if name not in self.Spec.internal]
             hint = did_you_mean(unknown[0], known)
             raise EnvError(f"{env_id} has no option {unknown[0]!r}{hint or ':'} there are {', '.join(known)}")
-        return self.Spec(env_id, **options)
+        try:
+            return TypeAdapter(self.Spec).validate_python(options | dict(env_id=env_id))
+        except ValidationError as error:
+            raise EnvError(f"{env_id}: {explain(error)}") from None
 
     def instruction(self, env_id: str) -> str:
         """What a task's policy is told, where episodes do not say otherwise. Default: the id."""

@@ -4,6 +4,7 @@ An algorithm calls this room; it never calls back.
 """
 
 from pi_stepnft.harness.args import (
+    Batch,
     Count,
     CountOrZero,
     Positive,
@@ -12,6 +13,8 @@ from pi_stepnft.harness.args import (
     RunError,
     Seed,
     Share,
+    Size,
+    SizeOrZero,
     TaskArgs,
     TrainArgs,
     check,
@@ -38,7 +41,8 @@ from pi_stepnft.harness.run import (
 from pi_stepnft.harness.storage import Prefixes, Rows, memory_gb
 
 __all__ = [
-    "Averages", "Count", "CountOrZero", "Positive", "PositiveOrZero", "Prefixes", "RLArgs", "Rows", "Run", "RunError", "Seed",
-    "Share", "TaskArgs", "TrainArgs", "adapt", "check", "check_fit", "choose_device", "command", "command_line", "commit",
-    "env_options", "make_envs", "memory_gb", "one_line_errors", "open_logs", "parse", "run_name", "set_up", "slug", "task_name",
+    "Averages", "Batch", "Count", "CountOrZero", "Positive", "PositiveOrZero", "Prefixes", "RLArgs", "Rows", "Run", "RunError",
+    "Seed", "Share", "Size", "SizeOrZero", "TaskArgs", "TrainArgs", "adapt", "check", "check_fit", "choose_device", "command",
+    "command_line", "commit", "env_options", "make_envs", "memory_gb", "one_line_errors", "open_logs", "parse", "run_name",
+    "set_up", "slug", "task_name",
 ]

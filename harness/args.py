@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import importlib.util
+import io
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 from pydantic import Field, TypeAdapter, ValidationError
 
 from pi_stepnft import envs, policies
+from pi_stepnft.envs.base import did_you_mean, explain
 
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1, le=10**6)]
+"""Of what comes one after the other: a million take weeks."""
+CountOrZero = Annotated[int, Field(ge=0, le=10**6)]
+Size = Annotated[int, Field(ge=1, le=1024)]
+"""Of what is built, or goes into each step: with a few digits too many it would build for minutes, then be out of memory."""
+SizeOrZero = Annotated[int, Field(ge=0, le=1024)]
+Batch = Annotated[int, Field(ge=1, le=8192)]
+"""Of environments side by side, or rows of a batch: a GPU takes thousands."""
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 PositiveOrZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-
-LIMITS = dict(greater_than="greater than {gt:.10g}", greater_than_equal="at least {ge:.10g}", less_than="less than {lt:.10g}",
-              less_than_equal="at most {le:.10g}", finite_number="a finite number")
-"""What pydantic's errors say of a number, in our words."""
+Text = Annotated[str, Field(min_length=1)]
 
 FREE_ON_RESUME = "num_threads", "max_minutes", "iterations", "track", "video", "device"
 """What a run may change when it goes on; all else is part of what it computes."""
@@ -40,7 +45,7 @@ class RunError(RuntimeError):
 class TaskArgs:
     """Of every program that has to do with a task."""
 
-    env_id: str = "PickCube-v1"
+    env_id: Text = "PickCube-v1"
     """ManiSkill task, LIBERO suite or one of its tasks, or a task of your own as module:Task-v1"""
     obs_mode: Literal["rgb", "state"] = "rgb"
     """rgb: camera images, proprioception and goal; state: no camera, privileged object poses in the state"""
@@ -48,7 +53,7 @@ class TaskArgs:
     """further options of the environment as name=value, e.g. control_mode=pd_joint_delta_pos robot=fetch (docs/environments.md)"""
     seed: Seed = 1
     """seed of everything random"""
-    num_threads: CountOrZero = 0
+    num_threads: SizeOrZero = 0
     """torch threads; 0: one per core"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the policy computes; auto: cuda where there is one"""
@@ -66,7 +71,7 @@ class TrainArgs(TaskArgs):
     # memory and speed of large policies (docs/memory.md); none changes what is computed but for rounding
     dtype: Literal["float32", "bfloat16"] = "float32"
     """precision of frozen weights and of the computation, with the published float32 parts; trained weights are float32"""
-    lora_rank: Count = 16
+    lora_rank: Size = 16
     """rank of --train lora (openpi: 16 in the language model, 32 in the expert)"""
     lora_alpha: Positive = 16.0
     """its scale: the additions are (alpha / rank)·B·A (openpi: as the rank)"""
@@ -80,9 +85,9 @@ class TrainArgs(TaskArgs):
 class RLArgs(TrainArgs):
     """Of every program that learns from rollouts."""
 
-    checkpoint: str | None = None
+    checkpoint: Text | None = None
     """policy to start from: a folder or a bundled name; default: the bundled one for the task and obs mode"""
-    resume: str | None = None
+    resume: Text | None = None
     """run folder (runs/<name>) to go on with, under its own arguments; of these --iterations, --max-minutes, --num-threads,
     --device, --track and --video may be given anew"""
     iterations: Count | None = None
@@ -92,16 +97,16 @@ class RLArgs(TrainArgs):
     train: Literal["expert", "all", "lora"] = "expert"
     """expert: the VLM is frozen (the authors' choice); all: everything is trained; lora: low-rank additions to both transformers
     are, see policies/lora.py"""
-    num_envs: Count = 64
+    num_envs: Batch = 64
     """environments side by side"""
     rollout_epochs: Count = 4
     """rounds of episodes per iteration: num_envs × rollout_epochs episodes (authors: 64 × 8 LIBERO, 128 × 10 ManiSkill)"""
     rollout_steps: CountOrZero = 32
     """steps after which a training episode is cut off and counts as failed; 0: the task's own limit, as in evaluations (authors'
     ManiSkill: 60, evaluation 80)"""
-    execute: CountOrZero = 0
+    execute: SizeOrZero = 0
     """actions executed of each predicted chunk; 0: as in the checkpoint (authors: 5, LIBERO-long 10)"""
-    num_steps: Count = 4
+    num_steps: Size = 4
     """solver steps K (authors: 4)"""
     num_minibatches: Count = 8
     """minibatches per epoch: few and large, as Adam's full-size steps amplify gradient noise"""
@@ -140,12 +145,7 @@ def option(name: str) -> str:
 
 def check(args: Any) -> None:
     """Raise RunError, in one line, for an argument out of its range or that does not go with another."""
-    try:
-        TypeAdapter(type(args)).validate_python(asdict(args))
-    except ValidationError as error:
-        first = error.errors()[0]
-        limit = LIMITS.get(first["type"], first["msg"].removeprefix("Input should be ")).format(**first.get("ctx", {}))
-        raise RunError(f"{option(str(first['loc'][0]))} must be {limit}, got {first['input']}") from None
+    typed(type(args), json.dumps(asdict(args)), option)
     env_options(getattr(args, "env_options", None) or ())
     if getattr(args, "track", False) and importlib.util.find_spec("wandb") is None:
         raise RunError("--track needs Weights & Biases: pip install wandb")
@@ -158,6 +158,19 @@ def check(args: Any) -> None:
     episodes = max(getattr(args, name, 0) for name in ("episodes", "eval_episodes", "final_eval_episodes"))
     if getattr(args, "eval_seed", 0) + episodes > 2**32:
         raise RunError(f"--eval-seed {args.eval_seed} leaves no {episodes} seeds below 2^32")
+    output = Path(getattr(args, "output", None) or "runs")
+    there = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise RunError(f"nothing can be written to {output}: {there} is {'not yours' if there.is_dir() else 'a file'}")
+
+
+def typed(kind: type[A], text: str, name: Callable[[str], str] = str, depth: int = 1) -> A:
+    """What a JSON text holds, as an object of a declared type, with nothing converted. Raises RunError, in one line, for a value of
+    another type or out of its range. name, depth: how that is told, as of `envs.base.explain`."""
+    try:
+        return TypeAdapter(kind).validate_json(text, strict=True)
+    except ValidationError as error:
+        raise RunError(explain(error, name, depth)) from None
 
 
 def env_options(texts: Iterable[str]) -> dict[str, Any]:
@@ -169,7 +182,7 @@ def env_options(texts: Iterable[str]) -> dict[str, Any]:
             raise RunError(f"--env-options takes name=value, got {text!r}")
         try:
             options[name] = json.loads(value)
-        except json.JSONDecodeError:
+        except ValueError:
             options[name] = value
     return options
 
@@ -178,17 +191,80 @@ def parse(Args: type[A], description: str, presets: dict[str, dict] | None = Non
     """The command line as `Args`. With --resume, the run's own arguments, but for FREE_ON_RESUME where they are given.
 
     presets: sets of defaults, which --paper NAME chooses from; what is given beside it counts all the same.
+    A mistake ends the program with one line and, as shells expect of a wrong command line, status 2.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that knows no θ gets a question mark, not a traceback
             stream.reconfigure(errors="replace")
-    default = None
+    options = {}
     if presets:
-        early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        early.add_argument("--paper")
-        default = replace(Args(), **presets.get(early.parse_known_args()[0].paper, {}))
-    args = expanded(tyro.cli(Args, description=description, **(dict(default=default) if presets else {})))
-    return resumed(args) if getattr(args, "resume", None) else args
+        options["default"] = replace(Args(), **presets.get("".join(given().get("--paper", ())), {}))
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            args = tyro.cli(Args, description=description, args=[*switched(Args)], **options)
+        args = expanded(args)
+        if getattr(args, "resume", None) is not None:
+            args = resumed(args)
+        check(args)
+        return args
+    except (RunError, policies.CheckpointError) as error:
+        mistake = error
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        mistake = misread(Args, told.getvalue())
+    print(f"error: {mistake}", file=sys.stderr)
+    sys.exit(2)
+
+
+def given() -> dict[str, list[str]]:
+    """The words behind each option of the command line, and under "" those before all."""
+    found: dict[str, list[str]] = {"": []}
+    name = ""
+    for word in sys.argv[1:]:
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            name = name.replace("_", "-")
+            found[name] = [value] if equals else []
+        else:
+            found[name].append(word)
+    return found
+
+
+def switched(Args: type) -> Iterator[str]:
+    """The words of the command line; of an option that is on, off or left to the program, --x is --x=True and --no-x --x=False."""
+    hints = get_type_hints(Args)
+    undecided = {option(name) for name, hint in hints.items() if hint == bool | None}
+    for word in sys.argv[1:]:
+        name = word.replace("_", "-").replace("--no-", "--", 1)
+        yield f"{name}={not word.startswith('--no')}" if name in undecided else word
+
+
+def misread(Args: type, told: str) -> str:
+    """What is wrong with the words of the command line, in one line. told: what tyro says, in a box of some lines."""
+    hints = get_type_hints(Args, include_extras=True)
+    known = {option(name): hint for name, hint in hints.items()}
+    known |= {alias: hint for hint in hints.values() for extra in get_args(hint) for alias in getattr(extra, "aliases", None) or ()}
+    known |= {option(f"no_{name}"): hint for name, hint in hints.items() if hint in (bool, bool | None)}
+    for name, words in given().items():
+        if name and name not in known:
+            return f"unknown option {name}{did_you_mean(name, known) or '; --help lists all'}"
+        hint = known.get(name, Any)
+        several = any(get_origin(part) in (list, tuple) for part in (hint, *get_args(hint)))
+        if hint in (bool, bool | None) and words:
+            return f"{name} takes no value, got {words[0]!r}"
+        if hint in (Any, bool, bool | None):
+            continue
+        try:
+            TypeAdapter(hint).validate_python(words if several else words[0] if words else ())
+        except ValidationError as error:
+            mistake = explain(error, lambda _, name=name: name, depth=0)
+            return mistake if words else mistake.replace("got ()", "and nothing is given")
+        if len(words) > 1 and not several:
+            return f"{name} takes one value, got {' '.join(words)}"
+    lines = [text for line in told.splitlines() if (text := line.strip(" ─-│╭╮╰╯"))]
+    return f"{lines[1] if len(lines) > 1 else told}; --help lists all options"  # after the box's title
 
 
 def expanded(args: A) -> A:
@@ -199,26 +275,21 @@ def expanded(args: A) -> A:
     return replace(args, **values)
 
 
-def resumed(given: A) -> A:
+def resumed(now: A) -> A:
     """The arguments of the run that --resume names. Raises RunError for options that are given and cannot be followed."""
-    folder = Path(given.resume)
+    folder = Path(now.resume)
     if not (folder / "args.json").is_file():
         for parent in list(folder.parents)[:3]:
             if (parent / "args.json").is_file():
                 raise RunError(f"--resume {folder}: the run's folder is {parent}")
     stored = policies.read_json(folder / "args.json")
-    names = {field.name for field in fields(type(given))}
-    if not isinstance(stored, dict) or (unknown := sorted(set(stored) - names)):
-        what = f"unknown {', '.join(unknown)}" if isinstance(stored, dict) else "it holds no arguments"
-        raise RunError(f"{folder}/args.json is not of this program and version: {what}")
-    args = type(given)(**{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()})
-    now = {name: getattr(given, name) for name in names - {"resume"} if option(name) in flags()}
-    if fixed := sorted(option(name) for name in now if name not in FREE_ON_RESUME and now[name] != getattr(args, name)):
+    names = {field.name for field in fields(type(now))}
+    for what, odd in (("unknown", set(stored) - names), ("no", names - set(stored))):
+        if odd:
+            raise RunError(f"{folder}/args.json is not of this program and version: {what} {', '.join(sorted(odd))}")
+    args = typed(type(now), json.dumps(stored), lambda name: f"{folder}/args.json: {name}")
+    chosen = {name: getattr(now, name) for name in names - {"resume"} if {option(name), option(f"no_{name}")} & set(given())}
+    if fixed := sorted(option(name) for name in chosen if name not in FREE_ON_RESUME and chosen[name] != getattr(args, name)):
         raise RunError(f"--resume goes on under the run's own arguments, which have another {', '.join(fixed)}: leave it out, or "
                        f"start a new run with --checkpoint {folder}/policy")
-    return replace(args, **{name: now[name] for name in FREE_ON_RESUME if name in now}, resume=given.resume)
-
-
-def flags() -> set[str]:
-    """The options on the command line, --no-video as --video."""
-    return {word.split("=")[0].replace("--no-", "--").replace("_", "-") for word in sys.argv[1:] if word.startswith("--")}
+    return replace(args, **{name: chosen[name] for name in FREE_ON_RESUME if name in chosen}, resume=now.resume)

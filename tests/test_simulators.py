@@ -48,7 +48,7 @@ def test_a_simulator_in_one_file_runs_in_the_pool(pool):
 
 
 def test_its_options_demonstrations_and_suites_need_nothing_more(toy, tmp_path):
-    with pytest.raises(EnvError, match="Point-v0 has no option 'control_mode'.* there are obs_mode.*, speed$"):
+    with pytest.raises(EnvError, match="Point-v0 has no option 'control_mode'.* there are image_size.*, speed$"):
         envs.make(toy, 1, control_mode="telepathy")
     with pytest.raises(EnvError, match="takes backend 'cpu'"):
         envs.make(toy, 1, backend="cuda")

@@ -4,37 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
 
 from pi_stepnft.envs import base
 from pi_stepnft.envs.base import EnvError
 from pi_stepnft.envs.libero import tasks
-
-CHOICES = dict(
-    orientation=("axis_angle", "quaternion"), gripper_close=(1, -1), initial_states=("auto", "fixed", "sampled"),
-    language=("bddl", "name"),
-)
 
 
 @dataclass(frozen=True)
 class LiberoSpec(base.Spec):
     rotate: bool = True
     """Turn LIBERO's own pictures by 180° (openpi, OpenVLA, LeRobot). False: as they come, upside down."""
-    render_size: int | None = None
+    render_size: base.Pixels | None = None
     """Render at this size and scale to `image_size` (openpi: 256, scaled to 224). None: render at `image_size`."""
-    orientation: str = "axis_angle"
+    orientation: Literal["axis_angle", "quaternion"] = "axis_angle"
     """Of the gripper in the state: "axis_angle", 3 numbers, rad, the angle from 0 to 2π as robosuite and openpi compute it (OpenVLA
     and LeRobot too), or "quaternion", x, y, z, w."""
-    gripper_close: int = 1
+    gripper_close: Literal[1, -1] = 1
     """The gripper's action that closes it: 1 (LIBERO and its demonstrations, openpi) or −1 (OpenVLA's before it inverts)."""
-    settle_steps: int = 10
+    settle_steps: Annotated[int, Field(ge=0)] = 10
     """Steps in which objects come to rest before an episode, gripper open; not counted (openpi and OpenVLA: 10)."""
-    initial_states: str = "auto"
+    initial_states: Literal["auto", "fixed", "sampled"] = "auto"
     """"fixed": a seed stands for one of the 50 states that ship with each task; "sampled": for a draw from the task's regions;
     "auto": by the seed, see `envs.libero.env`."""
-    furniture_seed: int = 7
+    furniture_seed: Annotated[int, Field(ge=0, lt=2**32)] = 7
     """Where furniture stands: as after `env.seed(…)` and the first `env.reset()` (openpi: 7, OpenVLA: 0)."""
-    language: str = "bddl"
+    language: Literal["bddl", "name"] = "bddl"
     """"bddl": the sentence in the task's own description, which is what LIBERO-PRO changes; "name": the task's file name spelled
     out, the sentence that openpi and the RLDS and LeRobot datasets have ("pick up the …")."""
     fast_control: bool = True
@@ -43,11 +40,6 @@ class LiberoSpec(base.Spec):
     """More keyword arguments for LIBERO's own constructor."""
 
     death: ClassVar[str] = "too little memory, or a renderer that does not work; try another one, MUJOCO_GL=egl or MUJOCO_GL=osmesa"
-
-    def __post_init__(self) -> None:
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise EnvError(f"{name} must be one of {', '.join(map(str, known))}, got {getattr(self, name)!r}")
 
     def create(self, slot: int, num_envs: int) -> Any:
         from pi_stepnft.envs.libero.env import LiberoEnv

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
 
 from pi_stepnft.envs import base
 from pi_stepnft.envs.base import EnvError
@@ -18,26 +20,28 @@ class Camera:
     ManiSkill's own view (fov π/2) it is 3 px.
     """
 
+    __pydantic_config__ = dict(extra="forbid")
     eye: tuple[float, float, float] = (0.55, 0.0, 0.42)
     target: tuple[float, float, float] = (0.0, 0.0, 0.08)
-    fov: float = 0.6
+    fov: Annotated[float, Field(gt=0, lt=3.14)] = 0.6
 
 
 @dataclass(frozen=True)
 class ManiSkillSpec(base.Spec):
     control_mode: str = "pd_ee_delta_pose"
     """One of the robot's; the action space has its bounds."""
-    reward_mode: str = "sparse"
+    reward_mode: Literal["sparse", "dense", "normalized_dense", "none"] = "sparse"
     robot: str | None = None
     """Such as "panda_stick", "xarm6_robotiq" or "fetch"; None: the task's own."""
     camera: Camera | None = None
     """Where the base camera stands and what it sees; None: the task's own."""
-    cameras: tuple[str, ...] | None = None
-    """Names of the cameras, in the order of the pictures, also of those that the robot carries ("hand_camera"); None: all."""
+    cameras: tuple[str, ...] | str | None = None
+    """Names of the cameras, in the order of the pictures, also of those that the robot carries ("hand_camera"), as "one,other" too;
+    None: all."""
     sim_obs_mode: str = "rgb"
     """ManiSkill's own mode behind obs_mode "rgb": a task that reads other textures itself needs e.g. "rgb+segmentation". Pictures
     are handed out alone."""
-    mesh_keep: float = 0.06
+    mesh_keep: Annotated[float, Field(gt=0, le=1)] = 0.06
     """Share of the robot's visual triangles that software rendering keeps (1: all)."""
     fast_control: bool = True
     """Use the NumPy controller where it reproduces the simulator's own."""
@@ -47,17 +51,11 @@ class ManiSkillSpec(base.Spec):
     """More keyword arguments for the simulator's own constructor."""
 
     death: ClassVar[str] = "a broken Vulkan driver or too little memory; check the driver with: python -m pi_stepnft.envs.vulkan"
+    internal: ClassVar[tuple[str, ...]] = (*base.Spec.internal, "module")
 
     def __post_init__(self) -> None:
-        for name, kind, what in (("camera", Camera, "a Camera"), ("robot", str, "one name"), ("cameras", tuple, "names")):
-            value = getattr(self, name)
-            if name == "camera" and isinstance(value, dict):  # from a command line
-                value = Camera(**value)
-            if name == "cameras" and isinstance(value, str | list):
-                value = tuple(value.split(",") if isinstance(value, str) else value)
-            if value is not None and not isinstance(value, kind):
-                raise EnvError(f"{name} must be None or {what}, got {value!r}")
-            object.__setattr__(self, name, value)
+        if isinstance(self.cameras, str):
+            object.__setattr__(self, "cameras", tuple(self.cameras.split(",")))
         if "rgb" not in self.sim_obs_mode.split("+"):
             raise EnvError(f"sim_obs_mode must hold rgb, as in 'rgb+segmentation', got {self.sim_obs_mode!r}")
 
@@ -83,7 +81,9 @@ class ManiSkill(base.Simulator):
         if ":" not in env_id and options.get("obs_mode", "rgb") == "rgb":
             options.setdefault("camera", Camera())
         options.setdefault("module", tasks.module_of(env_id))
-        return super().spec(env_id, **options)
+        spec = super().spec(env_id, **options)
+        tasks.check(env_id, spec.robot)
+        return spec
 
     def instruction(self, env_id: str) -> str:
         return tasks.instruction(env_id)

@@ -44,11 +44,12 @@ def registered_id(env_id: str) -> str:
 
 
 @functools.cache
-def registry() -> tuple[dict, Any]:
-    """ManiSkill's table of tasks and its assets. Imports SAPIEN, so the driver is chosen before."""
+def registry() -> tuple[dict, Any, dict]:
+    """ManiSkill's table of tasks, its assets, and its table of robots. Imports SAPIEN, so the driver is chosen before."""
     vulkan.ensure_driver()
     try:
         import mani_skill.envs  # noqa: F401 (registers the tasks)
+        from mani_skill.agents.registration import REGISTERED_AGENTS
         from mani_skill.utils import assets
         from mani_skill.utils.registration import REGISTERED_ENVS
     except ImportError as error:
@@ -56,12 +57,12 @@ def registry() -> tuple[dict, Any]:
             raise EnvError(vulkan.no_driver_message()) from error
         raise EnvError(f"ManiSkill cannot be imported ({error}): pip install mani-skill") from error
 
-    return REGISTERED_ENVS, assets
+    return REGISTERED_ENVS, assets, REGISTERED_AGENTS
 
 
 def registered(env_id: str) -> Any:
     """ManiSkill's entry for a task; a module that an id names is imported first. EnvError for a task that does not exist."""
-    table, _ = registry()
+    table = registry()[0]
     module, _, _ = variants.task_of(env_id).rpartition(":")
     if module:
         import_module(module)
@@ -99,8 +100,10 @@ def check(env_id: str, robot: str | None = None) -> None:
 
     robot: in place of the task's own.
     """
-    task, (_, assets) = registered(env_id), registry()
+    task, (_, assets, agents) = registered(env_id), registry()
     variants.find(env_id)
+    if robot is not None and robot not in agents:
+        raise EnvError(f"unknown robot {robot!r}{did_you_mean(robot, agents) or '; there are ' + ', '.join(agents)}")
     robots = robots_of(env_id) if robot is None else (robot,)
     if len(robots) > 1:
         raise EnvError(f"{env_id} has several robots ({', '.join(map(str, robots))}), and a policy moves one: choose another task")
