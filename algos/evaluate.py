@@ -27,7 +27,8 @@ import tyro
 from tqdm import tqdm
 
 from pi_stepnft import envs, harness, policies
-from pi_stepnft.harness import Batch, Count, CountOrZero, RunError, Seed, SizeOrZero, charts, films, report
+from pi_stepnft.harness import Batch, Count, CountOrZero, RunError, Seed, SizeOrZero, charts, checkpoints, films, report
+from pi_stepnft.harness.args import typed
 from pi_stepnft.harness.evaluation import Evaluation, evaluate
 from pi_stepnft.harness.statistics import over_seeds, summarise
 
@@ -130,6 +131,7 @@ def learning_curve(folder: Path) -> list[dict] | None:
             found = policies.read_json(file)
             for key in keys:
                 found = found.get(key) if isinstance(found, dict) else None
+            typed(list[checkpoints.Point], json.dumps(found or []), f"{file}: point ".__add__, depth=2)
             return found or None
     return None
 
@@ -181,7 +183,6 @@ def check(args: Args) -> None:
     """Raise RunError, in one line, for arguments that cannot work."""
     if not args.checkpoints:
         raise RunError(f"no checkpoint given: name folders, or some of {', '.join(policies.bundled())}, before all options")
-    harness.check(args)
     if args.labels and (len(args.labels) != len(args.checkpoints) or len(set(numbered(args.labels))) < len(args.labels)):
         raise RunError(f"--labels takes one for each of the {len(args.checkpoints)} checkpoints, none like 'A 1' beside 'A'")
     if not args.suites:
@@ -221,6 +222,8 @@ def main(args: Args) -> None:
     if env_id != simulator.task_of(env_id):
         raise RunError(f"--env-id {env_id} is a variant: name its task there, and the variant in --suites")
     envs.check(env_id)
+    for c in contestants:
+        harness.check_task(c.policy, env_id, obs_mode, given, c.name)
     environments, episodes = simulator.select(env_id, args.suites, obs_mode), args.episodes
     if simulator.pooled:
         sizes = Counter(environments.values())
@@ -232,7 +235,6 @@ def main(args: Args) -> None:
         episodes //= size
     unique = hashlib.sha256("".join(c.digest for c in contestants).encode()).hexdigest()[:8]
     output = Path(args.output or f"runs/eval-{harness.slug(env_id)}-{obs_mode}-{unique}")
-    (output / "episodes").mkdir(parents=True, exist_ok=True)
     num_envs = min(args.num_envs, episodes)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", *simulator.packages)}
     versions |= dict(device=device.type, simulator="cuda" if simulator.on_gpu() else "cpu", dtype=args.dtype)
@@ -247,6 +249,7 @@ def main(args: Args) -> None:
         atexit.register(venv.close)  # workers and shared memory go with the program, however it ends
         for c in contestants:
             harness.check_fit(c.policy, venv, c.name)
+        (output / "episodes").mkdir(parents=True, exist_ok=True)
         return venv
 
     def stored(c: Contestant, name: str) -> tuple[Path, str]:

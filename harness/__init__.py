@@ -26,6 +26,7 @@ from pi_stepnft.harness.run import (
     Run,
     adapt,
     check_fit,
+    check_task,
     choose_device,
     command,
     command_line,
@@ -42,7 +43,7 @@ from pi_stepnft.harness.storage import Prefixes, Rows, memory_gb
 
 __all__ = [
     "Averages", "Batch", "Count", "CountOrZero", "Positive", "PositiveOrZero", "Prefixes", "RLArgs", "Rows", "Run", "RunError",
-    "Seed", "Share", "Size", "SizeOrZero", "TaskArgs", "TrainArgs", "adapt", "check", "check_fit", "choose_device", "command",
-    "command_line", "commit", "env_options", "make_envs", "memory_gb", "one_line_errors", "open_logs", "parse", "run_name",
-    "set_up", "slug", "task_name",
+    "Seed", "Share", "Size", "SizeOrZero", "TaskArgs", "TrainArgs", "adapt", "check", "check_fit", "check_task", "choose_device",
+    "command", "command_line", "commit", "env_options", "make_envs", "memory_gb", "one_line_errors", "open_logs", "parse",
+    "run_name", "set_up", "slug", "task_name",
 ]

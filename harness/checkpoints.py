@@ -16,17 +16,63 @@ import hashlib
 import json
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pi_stepnft import policies
+from pi_stepnft.harness.args import Count, CountOrZero, PositiveOrZero, RunError, Share, typed
 from pi_stepnft.policies import CheckpointError
 
 FOLDER, POINTER, MANIFEST = "checkpoints", "last", "manifest.json"
+Steps = Annotated[int, Field(ge=0)]
+
+
+@dataclass
+class Point:
+    """Of a learning curve."""
+
+    __pydantic_config__ = dict(extra="forbid")
+    iteration: CountOrZero
+    env_steps: Steps
+    minutes: PositiveOrZero
+    success: Share
+    interval: tuple[Share, Share]
+    episodes: Count
+
+
+@dataclass
+class Lost:
+    __pydantic_config__ = dict(extra="forbid")
+    rollouts: Steps
+    evaluations: Steps
+
+
+@dataclass
+class Progress:
+    """Attributes of a run that go with its checkpoints."""
+
+    __pydantic_config__ = dict(extra="forbid")
+    iteration: CountOrZero
+    env_steps: Steps
+    trained_s: PositiveOrZero
+    curve: list[Point]
+    lost: Lost
+
+
+@dataclass
+class State:
+    """What training.json holds."""
+
+    __pydantic_config__ = dict(extra="forbid")
+    numpy_rng: dict[str, Any]
+    progress: Progress
 
 
 def save(
@@ -103,6 +149,7 @@ def restore(
     The policies are loaded by `policies.load`. Raises CheckpointError where the checkpoint is that of another training.
     """
     stored = policies.read_json(path / "training.json")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     try:
         tensors = load_file(path / "training.safetensors")
         torch.set_rng_state(tensors.pop("torch_rng"))
@@ -117,12 +164,15 @@ def restore(
         state: dict[int, dict[str, torch.Tensor]] = {}
         for key, value in tensors.items():
             _, index, kind = key.split(".")
+            if value.dim() and value.shape != (shape := parameters[int(index)].shape):
+                raise ValueError(f"{key} has shape {tuple(value.shape)} instead of {tuple(shape)}")
             state.setdefault(int(index), {})[kind] = value
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         rng.bit_generator.state = stored["numpy_rng"]
         return stored["progress"]
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} holds no training state to go on with: {error}") from None
+    except (OSError, SafetensorError, LookupError, ValueError, TypeError, OverflowError, RuntimeError) as error:
+        reason = f"there is no {error}" if isinstance(error, LookupError) else error
+        raise CheckpointError(f"{path} holds no training state to go on with: {reason}") from None
 
 
 def digest(path: Path) -> str:
@@ -172,7 +222,10 @@ def _damage(path: Path) -> str | None:
     """What is wrong with a checkpoint's files, in a few words; None where they are as they were written."""
     try:
         files = json.loads((path / MANIFEST).read_text())["sha256"]
-        changed = [name for name, known in files.items() if digest(path / name) != known]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if changed := [name for name, known in files.items() if digest(path / name) != known]:
+            return f"{', '.join(changed)} changed since it was written"
+        state = typed(State, (path / "training.json").read_text(), "training.json: ".__add__, depth=4)
+        np.random.PCG64().state = state.numpy_rng
+    except (OSError, RunError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         return str(error) or type(error).__name__
-    return f"{', '.join(changed)} changed since it was written" if changed else None
+    return None

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ from tqdm import tqdm
 import pi_stepnft
 from pi_stepnft import envs, policies
 from pi_stepnft.harness import checkpoints
-from pi_stepnft.harness.args import RLArgs, RunError, TaskArgs, TrainArgs, check, env_options
+from pi_stepnft.harness.args import RLArgs, RunError, TaskArgs, TrainArgs, env_options
 from pi_stepnft.harness.charts import plot_curve
 from pi_stepnft.harness.evaluation import Evaluation, evaluate
 from pi_stepnft.harness.films import record
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
 ITERATIONS = {"pi0": 120, "pi05": 200}
 """Rounds where --iterations is not given: what half an hour on two cores about allows."""
 NAMES = {"pi0": "π0", "pi05": "π0.5"}
-PROGRESS = "iteration", "env_steps", "trained_s", "curve", "lost"
-"""Attributes of a Run that go with its checkpoints."""
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
 
@@ -111,6 +109,7 @@ class Run:
 
     def make_envs(self, policy: policies.Pi0):
         """The training's environments, which evaluate it too. Raises EnvError or RunError where task and policy do not fit."""
+        check_task(policy, self.args.env_id, self.args.obs_mode, self.args.env_options, self.checkpoint)
         self.venv = make_envs(self.args, num_envs=self.args.num_envs, chunk=self.execute, image_size=policy.config.image_size,
                               observe_terminal=False)
         check_fit(policy, self.venv, self.checkpoint)
@@ -143,8 +142,7 @@ class Run:
                     policies.load_weights(policy, self._resumed / name / "model.safetensors")
             progress = checkpoints.restore(self._resumed, optimizer, self.rng, self.unsaved)
             checkpoints.link(self._resumed.parent / checkpoints.POINTER, self._resumed.name)  # a damaged one was passed over
-            for name in PROGRESS:
-                setattr(self, name, progress[name])
+            vars(self).update(progress)
             if self.iteration >= args.iterations and (self.folder / "result.json").is_file():
                 raise RunError(f"{self.folder} has done its {self.iteration} iterations: to go on, give --iterations above that")
         else:
@@ -290,7 +288,7 @@ class Run:
             policy.meta = policy.meta | {"execute": self.execute, "num_steps": args.num_steps, self.algorithm: made}
             if args.env_options:
                 policy.meta["env_options"] = list(args.env_options)
-        progress = {name: getattr(self, name) for name in PROGRESS}
+        progress = {field.name: getattr(self, field.name) for field in fields(checkpoints.Progress)}
         checkpoints.save(self.folder, self.trained, self.optimizer, self.rng, progress, self.unsaved, args.keep)
         self._saved, self._saved_at = self.iteration, time.time()
         plot_curve(self.curve, self.folder / "curve.png", f"{args.env_id} ({args.obs_mode}), seed {args.seed}")
@@ -307,8 +305,7 @@ class Run:
 
 
 def set_up(args: TaskArgs) -> torch.device:
-    """Check the arguments, seed everything random and set torch's threads; returns the device to compute on."""
-    check(args)
+    """Seed everything random and set torch's threads; returns the device to compute on."""
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
@@ -355,21 +352,39 @@ def make_envs(args: TaskArgs, **fixed: Any):
 
 def check_fit(policy: policies.Pi0, venv, name: str) -> None:
     """Raise RunError where a policy called `name` takes other states or actions than the environments have."""
-    for what, given, expected in (
-        ("state", venv.single_observation_space["state"].shape[0], len(policy.processor.state_stats.mean)),
-        ("action", venv.action_dim, len(policy.processor.action_stats.mean)),
-    ):
-        if given != expected:
-            raise RunError(f"{name} takes {expected} {what} dimensions, {venv.spec.env_id} has {given}: use its policy")
+    _compare(policy, venv.single_observation_space["state"].shape[0], venv.action_dim, venv.spec.env_id, name)
+
+
+def check_task(policy: policies.Pi0, env_id: str, obs_mode: str, options: Iterable[str], name: str) -> None:
+    """As `check_fit`, as far as it can be told before a simulator starts: from where the policy was trained and, where one for the
+    task is bundled, from the sizes of that one, which options of the environment may change."""
+    trained_on = policy.meta.get("env_id") or env_id
+    if ":" not in trained_on and envs.simulator(trained_on) is not envs.simulator(env_id):
+        raise RunError(f"{name} was trained on {trained_on}, in another simulator than {env_id}: use its policy")
+    for _, config in () if options else bundled_for(env_id, obs_mode):
+        _compare(policy, *(len(config["processor"][what]["mean"]) for what in ("state", "actions")), env_id, name)
+
+
+def _compare(policy: policies.Pi0, state: int, action: int, env_id: str, name: str) -> None:
+    processor = policy.processor
+    for what, given, expected in (("state", state, processor.state_stats), ("action", action, processor.action_stats)):
+        if given != len(expected.mean):
+            raise RunError(f"{name} takes {len(expected.mean)} {what} dimensions, {env_id} has {given}: use its policy")
+
+
+def bundled_for(env_id: str, obs_mode: str) -> Iterator[tuple[str, dict]]:
+    """The checkpoints that ship for a task: their names, and their config.json."""
+    task = envs.simulator(env_id).task_of(env_id)
+    for name in policies.bundled():
+        config = policies.read_json(policies.checkpoint.BUNDLED / name / "config.json")
+        if (config["meta"].get("env_id"), config["meta"].get("obs_mode")) == (task, obs_mode):
+            yield name, config
 
 
 def bundled_start(env_id: str, obs_mode: str, policy_type: str) -> str:
     """Name of the checkpoint that ships for a task. Raises RunError with the command that makes one where there is none."""
-    task = envs.simulator(env_id).task_of(env_id)
-    for name in policies.bundled():
-        described = policies.read_json(policies.checkpoint.BUNDLED / name / "config.json")
-        meta = described["meta"]
-        if (described["type"], meta.get("env_id"), meta.get("obs_mode")) == (policy_type, task, obs_mode):
+    for name, config in bundled_for(env_id, obs_mode):
+        if config["type"] == policy_type:
             return name
     envs.check(env_id)
     where = f"--env-id {env_id} --obs-mode {obs_mode}"

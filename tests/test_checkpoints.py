@@ -47,7 +47,7 @@ class Training:
         return self
 
     def save(self, **options) -> None:
-        progress = dict(iteration=self.iteration, curve=[])
+        progress = dict(iteration=self.iteration, env_steps=0, trained_s=0.0, curve=[], lost=dict(rollouts=0, evaluations=0))
         checkpoints.save(self.folder, self.trained, self.optimizer, self.rng, progress, self.unsaved, **options)
 
     def facts(self) -> list:
