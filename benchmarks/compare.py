@@ -25,6 +25,7 @@ import time
 from dataclasses import dataclass, field
 from itertools import cycle, groupby, repeat, zip_longest
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a file of a checkout runs that checkout's code
 import pi_stepnft  # noqa: F401
@@ -32,10 +33,9 @@ import pi_stepnft  # noqa: F401
 sys.path.pop(0)
 
 import numpy as np
-import tyro
 from tqdm import tqdm
 
-from pi_stepnft import envs
+from pi_stepnft import envs, harness
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -109,9 +109,9 @@ class Args:
     """algorithms to run, for π0 by their names, stepnft ppo …, for π0.5 as stepnft-pi05 ppo-pi05 …"""
     tasks: list[str] = field(default_factory=lambda: ["PickCube-v1"])
     """tasks to run them on"""
-    obs_mode: str = "state"
-    """rgb or state"""
-    seeds: list[int] = field(default_factory=lambda: [1])
+    obs_mode: Literal["rgb", "state"] = "state"
+    """as of the algorithms"""
+    seeds: list[harness.Seed] = field(default_factory=lambda: [1])
     """seeds; everything is run with the first one, then with the next"""
     ablations: list[str] | None = None
     """run these of StepNFT's ABLATIONS (listed in this file), which are shorter than its runs; without a name: all of them"""
@@ -119,7 +119,7 @@ class Args:
     """run the TRIALS (listed in this file) of each algorithm, which are short and on the tuning episodes"""
     extra: str = ""
     """further arguments for every run, in one string, e.g. --extra="--max-minutes 10" """
-    ood: int = 0
+    ood: harness.CountOrZero = 0
     """evaluate what was trained, and what it started from, in so many episodes of each out-of-distribution variant; 0: not.
     Runs that are there get theirs if their folder is"""
     dry_run: bool = False
@@ -591,7 +591,7 @@ def report() -> None:
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = harness.parse(Args, __doc__)
     jobs = plan(args)
     if args.dry_run:
         for job in jobs:
