@@ -226,13 +226,28 @@ def _is_depth(feature: dict) -> bool:
     return any(isinstance(fact, dict) and fact.get("video.is_depth_map") is True for fact in facts)
 
 
+def _rows(file: Path) -> int:
+    """How many rows a parquet file has, which must not claim more numbers than so many bytes can hold.
+
+    Runs of equal numbers take next to no room, but no two rows are equal: they have their index.
+    """
+    import pyarrow.parquet as pq
+
+    with reading.naming(file):
+        about = pq.read_metadata(reading.regular(file))
+        groups = [about.row_group(i) for i in range(about.num_row_groups)]
+        numbers = [group.column(i).num_values for group in groups for i in range(group.num_columns)]
+        if max(about.num_rows, *numbers, 0) > 64 * file.stat().st_size:
+            raise EnvError(f"{file} claims {about.num_rows} rows and {max(numbers, default=0)} numbers in a column, more than it "
+                           "can hold: it is damaged")
+        return about.num_rows
+
+
 def _data_files(folder: Path, info: dict, places: dict[int, dict] | None) -> list[Path]:
     """data/**/*.parquet, which must be those, and have as many rows, as meta/ tells.
 
     places: of v3, `_places`. Where meta/ does not tell, nothing is compared.
     """
-    import pyarrow.parquet as pq
-
     meta = folder / "meta" / "info.json"
     files = sorted((folder / "data").rglob("*.parquet"))
     if not files:
@@ -251,10 +266,7 @@ def _data_files(folder: Path, info: dict, places: dict[int, dict] | None) -> lis
                            f"of {len(places or ()) or total} episodes")
         if others := sorted(set(files) - named):
             raise EnvError(f"{others[0]} is none of the data files that meta/ tells of, a copy perhaps: remove it from the folder")
-    rows = 0
-    for file in files:
-        with reading.naming(file):
-            rows += pq.read_metadata(reading.regular(file)).num_rows
+    rows = sum(map(_rows, files))
     if (frames := reading.entry(info, "total_frames", int, meta, rows)) != rows:
         raise EnvError(f"{meta} tells of {frames} frames, data/ has {rows}: it is incomplete, or holds some twice")
     return files
@@ -270,7 +282,7 @@ def _lerobot_tasks(folder: Path) -> dict[int, str]:
             tasks = {row["task_index"]: row["task"] for row in map(json.loads, lines)}
     elif (file := folder / "meta" / "tasks.parquet").exists():
         with reading.naming(file):
-            columns = pq.read_table(reading.regular(file)).to_pydict()
+            columns = pq.read_table(file).to_pydict() if _rows(file) else {"task_index": []}
             text = next((name for name in columns if name != "task_index"), None)  # pandas' index, whose name varies
             tasks = dict(zip(columns["task_index"], columns.get(text, ())))
     else:
@@ -288,7 +300,7 @@ def _places(folder: Path) -> dict[int, dict]:
     places: dict[int, dict] = {}
     for file in sorted((folder / "meta" / "episodes").rglob("*.parquet")):
         with reading.naming(file):
-            names = [name for name in pq.read_schema(reading.regular(file)).names if not name.startswith("stats/")]
+            names = [name for name in pq.read_schema(file).names if not name.startswith("stats/")] if _rows(file) else []
             for row in pq.read_table(file, columns=names).to_pylist():
                 if places.setdefault(row["episode_index"], row) is not row:
                     raise EnvError(f"{file}: episode {row['episode_index']} is described twice")
@@ -339,7 +351,9 @@ class _Videos:
         file = reading.filled(self.folder, template, place, video_key=camera, **keys)
         if not file.exists():
             raise EnvError(f"{self.folder} lacks the video {file.relative_to(self.folder)}")
-        tolerance = 0.5 / max(1e-6, reading.entry(self.info, "fps", (int, float), meta))
+        if not 0 < (fps := reading.entry(self.info, "fps", (int, float), meta)) < np.inf:
+            raise EnvError(f"{meta}: fps must be greater than 0, not {fps}")
+        tolerance = 0.5 / fps
         video = self.open.get(camera)
         if video is None or video.file != file or first + times[0] < video.time - tolerance:
             self.open[camera] = video = _Video(file)
@@ -348,7 +362,7 @@ class _Videos:
             picture = video.nearest(first + time)
             if not (away := abs(video.time - first - time)) <= 1.001 * tolerance:  # its times are rounded
                 raise EnvError(f"{file}: the nearest picture to row {row} of episode {episode} ({first + time:.3f} s) is {away:.3f}"
-                               f" s away, more than half an interval at {self.info['fps']} fps")
+                               f" s away, more than half an interval at {fps} fps")
             pictures.append(picture)
         return np.stack(pictures)
 

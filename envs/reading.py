@@ -99,12 +99,8 @@ def main(pipe: int, *columns: int) -> None:
         files = {name: os.fdopen(descriptor, "wb") for name, descriptor in zip(COLUMNS, columns, strict=True)}
         with naming(path):
             answer = "ok", join(path, until_gone(line, source(path, **options)), files, **how)
-        for file in files.values():
-            file.flush()
     except EnvError as error:
         answer = "error", " ".join(str(error).splitlines())
-    except MemoryError:
-        answer = "error", f"{path} needs more memory than there is, or claims to"
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         line.send(answer)
     os._exit(0)  # nothing is left to save, and libraries that have met a damaged file may crash as they end
@@ -160,7 +156,12 @@ def join(path: Path, episodes: Iterable[dict | None], files: dict, *, expected: 
                 raise EnvError(f"{path}: {name} {which} has shape {value.shape[1:]}, before {shapes[name]}")
             if dtype == np.float32 and not np.isfinite(value).all():
                 raise EnvError(f"{path}: {name} {which} holds NaN or infinity")
-            files[name].write(np.ascontiguousarray(value).data)
+            try:
+                files[name].write(np.ascontiguousarray(value).data)
+                files[name].flush()
+            except OSError as error:
+                raise EnvError(f"{tempfile.gettempdir()} has no room for what is read of {path} ({error.strerror}): name a larger "
+                               "folder in the variable TMPDIR") from None
         lengths.append(T)
     if not lengths:
         raise EnvError(f"{path} holds no successful episode" + (f": all {failed} are marked as failures" if failed else ""))
@@ -187,23 +188,22 @@ def _stack(path: Path, which: str, T: int, image: dict[str, np.ndarray], rotate:
 
 
 def _resize(images: np.ndarray, size: int | None, square: bool) -> np.ndarray:
-    """(T, H, W, 3) uint8 with the longer side at most `size`: bilinear with antialiasing, as the policies' processor does it.
+    """(T, H, W, 3) uint8 with the longer side at most `size`: bilinear with antialiasing, as the policies' processor does it but
+    for rounding, by Pillow, which loads faster than torch.
 
     square: (T, size, size, 3), centred on black, as the processor makes it of all; for cameras that differ and are to be one array.
     """
     ratio = max(images.shape[1:3]) / (size or np.inf)
     if ratio <= 1 and not square:
         return images
-    import torch
+    from PIL import Image
 
     H, W = (max(1, int(side / ratio)) for side in images.shape[1:3])
-    resized = torch.nn.functional.interpolate(
-        torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2), (H, W), mode="bilinear", antialias=True
-    )
+    resized = np.stack([np.asarray(Image.fromarray(image).resize((W, H), Image.Resampling.BILINEAR)) for image in images])
     if square:
         top, left = (size - H) // 2, (size - W) // 2
-        resized = torch.nn.functional.pad(resized, (left, size - W - left, top, size - H - top))
-    return np.ascontiguousarray(resized.permute(0, 2, 3, 1).numpy())
+        resized = np.pad(resized, ((0, 0), (top, size - H - top), (left, size - W - left), (0, 0)))
+    return resized
 
 
 # ------------------------------------------------------------------------------------------------------------ files, paths and JSON
