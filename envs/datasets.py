@@ -311,6 +311,7 @@ def _picture(cell: dict | None, folder: Path) -> np.ndarray:
     """A PNG or JPEG inside a parquet cell, or the file it names."""
     from PIL import Image
 
+    reading.alive()
     if not cell or not (cell.get("bytes") or cell.get("path")):
         raise ValueError("a row has no picture")
     if cell.get("bytes"):
@@ -391,6 +392,8 @@ def _frames(file: Path) -> Iterator[tuple[float, np.ndarray]]:
         imageio_ffmpeg.get_ffmpeg_exe(), *"-nostdin -hide_banner -nostats -loglevel info -xerror -err_detect explode".split(),
         # No other file, and of this one MP4 alone: other formats can name further files or addresses.
         *f"-copyts -max_pixels {reading.MAX_PIXELS} -protocol_whitelist file -f mov -i".split(), f"file:{file}",
+        # s of computing, far more than it takes
+        "-timelimit", str(reading.PATIENCE + file.stat().st_size // 10**4),
         *"-map 0:v:0 -vf showinfo -fps_mode passthrough -f image2pipe -c:v ppm pipe:1".split(),
     ]
     with tempfile.TemporaryFile() as log:
@@ -403,6 +406,7 @@ def _frames(file: Path) -> Iterator[tuple[float, np.ndarray]]:
                 picture = process.stdout.read(3 * H * W)
                 if len(picture) < 3 * H * W:
                     break
+                reading.alive()
                 match = None
                 while not match:  # showinfo wrote of this frame before ffmpeg sent it
                     text = os.pread(log.fileno(), 1 << 16, place)

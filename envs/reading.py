@@ -33,6 +33,10 @@ COLUMNS = dict(image=np.uint8, state=np.float32, action=np.float32, objects=np.f
 PACKED = 1032
 """How many times larger than what is stored an array can be: the most that deflate, the strongest of HDF5's filters, achieves."""
 
+PATIENCE = 30
+"""s of computing, with neither an array nor a picture nor an episode to show for it, after which a reader ends: HDF5 goes in circles
+in some damaged files. A slow disk costs no computing."""
+
 MAX_PIXELS = 4096 * 2304
 """of a picture: what a camera delivers, and no more than a damaged header may ask memory for"""
 
@@ -71,6 +75,8 @@ def gather(source: Callable[..., Iterable[dict | None]], path: Path, options: di
             status, result = pipe.recv()
         except (EOFError, OSError):
             code = process.wait()
+            if code == -signal.SIGPROF:
+                raise EnvError(f"{path} is damaged: reading it came to no end") from None
             by = f"signal {-code}, {signal.strsignal(-code)}" if code < 0 else f"exit code {code}"
             raise EnvError(f"{path} is damaged, or there is too little memory: reading it crashed ({by})") from None
         finally:
@@ -89,8 +95,15 @@ def gather(source: Callable[..., Iterable[dict | None]], path: Path, options: di
     return result
 
 
+def alive() -> None:
+    """Say that there is progress: the clock of a process that reads starts anew."""
+    if signal.getitimer(signal.ITIMER_PROF)[0]:
+        signal.setitimer(signal.ITIMER_PROF, PATIENCE)
+
+
 def main(pipe: int, *columns: int) -> None:
     """The child's side. Descriptors of the pipe and of the files for the columns."""
+    signal.setitimer(signal.ITIMER_PROF, PATIENCE)  # a signal then, which ends it
     line = Connection(pipe)
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)  # what the libraries print of a damaged file; all that counts goes through the pipe
@@ -111,6 +124,7 @@ def until_gone(line: Connection, episodes: Iterable) -> Iterator:
     for episode in episodes:
         if line.poll():  # the parent says no more: its end is closed
             os._exit(1)
+        alive()
         yield episode
 
 
@@ -160,8 +174,8 @@ def join(path: Path, episodes: Iterable[dict | None], files: dict, *, expected: 
                 files[name].write(np.ascontiguousarray(value).data)
                 files[name].flush()
             except OSError as error:
-                raise EnvError(f"{tempfile.gettempdir()} has no room for what is read of {path} ({error.strerror}): name a larger "
-                               "folder in the variable TMPDIR") from None
+                raise EnvError(f"no room in the folder for temporary files ({error.strerror}) for what is read of {path}: name a "
+                               "larger one in the variable TMPDIR") from None
         lengths.append(T)
     if not lengths:
         raise EnvError(f"{path} holds no successful episode" + (f": all {failed} are marked as failures" if failed else ""))
@@ -211,6 +225,7 @@ def _resize(images: np.ndarray, size: int | None, square: bool) -> np.ndarray:
 
 def regular(file: Path) -> Path:
     """The file, if it is one: to open a pipe may wait for ever, and a device may never end."""
+    alive()
     with naming(file):
         if not stat.S_ISREG(os.stat(file).st_mode):
             raise EnvError(f"{file} is not a file")
@@ -279,6 +294,7 @@ def member(group: h5py.Group, name: str, advice: str = "") -> h5py.Group | h5py.
 
 def array(group: h5py.Group, name: str, advice: str = "") -> np.ndarray:
     """A dataset of numbers, which must not claim to be larger than what is stored of it."""
+    alive()
     dataset = member(group, name, advice)
     place = f"{group.file.filename}: {group.name.rstrip('/')}/{name}"
     if not isinstance(dataset, h5py.Dataset) or dataset.dtype.kind not in "biuf" or not dataset.shape:
