@@ -34,8 +34,8 @@ PACKED = 1032
 """How many times larger than what is stored an array can be: the most that deflate, the strongest of HDF5's filters, achieves."""
 
 PATIENCE = 30
-"""s of computing, with neither an array nor a picture nor an episode to show for it, after which a reader ends: HDF5 goes in circles
-in some damaged files. A slow disk costs no computing."""
+"""s of computing, with neither an array nor a picture nor an episode to show for it, after which a reader ends: HDF5 goes in
+circles in some damaged files. A slow disk costs no computing."""
 
 MAX_PIXELS = 4096 * 2304
 """of a picture: what a camera delivers, and no more than a damaged header may ask memory for"""

@@ -555,8 +555,9 @@ def test_sft_from_a_dataset_without_a_simulator(tmp_path, episodes):
     misfit = refusal("sft", "--dataset", "data", "--num-envs", 1, "--eval-episodes", 1, cwd=tmp_path)
     assert "the demonstrations have" in misfit
     arguments = "--dataset data --steps 2 --batch-size 4 --num-threads 1 --output out --image-size 48 --eval-episodes 0"
-    with contextlib.redirect_stdout(None):
-        run("sft", "--env-id", "libero_object", *arguments.split(), cwd=tmp_path)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        run("sft", "--env-id", "libero_object", *arguments.split(), "--cameras", "wrist", "front", cwd=tmp_path)
+    assert f"cameras: {KEYS[1]}, {KEYS[0]}\n" in printed.getvalue()
     policy = policies.load(tmp_path / "out")
     assert policy.config.num_cameras == 2 and len(policy.processor.state_stats) == 8 and policy.meta["sft"]["demos"] == 2
     actions = policy.act(dict(image=episodes[0]["image"][:1], state=episodes[0]["state"][:1]), [TEXTS[0]], 1)
