@@ -197,7 +197,8 @@ def main(args: Args) -> None:
     # Checkpoints
     contestants = []
     groups = list(args.labels) or default_labels(args.checkpoints)
-    for label, group, name in zip(numbered(groups), groups, tqdm(args.checkpoints, desc="loading checkpoints", leave=False)):
+    names = tqdm(args.checkpoints, desc="loading checkpoints", disable=None, leave=False)
+    for label, group, name in zip(numbered(groups), groups, names):
         folder = policies.checkpoint.find(name)
         policy = policies.load(name, device, getattr(torch, args.dtype)).eval()
         execute = args.execute or policy.meta.get("execute", policy.config.horizon)
@@ -301,7 +302,7 @@ def main(args: Args) -> None:
         (output / "report.html").write_text(report.html(results, curves, shown))
 
     missing = sum(recall(c, name) is None for c in contestants for name in environments)
-    bar = tqdm(total=missing * episodes, unit="episode", desc="evaluation", smoothing=0, disable=not missing)
+    bar = tqdm(total=missing * episodes, unit="episode", desc="evaluation", smoothing=0, delay=1, disable=not missing)
     for number, (name, family) in enumerate(environments.items()):
         venv, played, results = None, {}, {}
         for c in contestants:

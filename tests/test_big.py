@@ -265,23 +265,6 @@ def test_memory_is_what_the_process_holds():
     del block
 
 
-@pytest.mark.parametrize(
-    "arguments, named",
-    [
-        (dict(train="all", prefix_cache="device"), "--prefix-cache device needs a frozen VLM"),
-        (dict(train="lora", prefix_cache="cpu"), "--prefix-cache cpu needs a frozen VLM"),
-        (dict(micro_batch=-1), "--micro-batch"),
-        (dict(lora_rank=0), "--lora-rank must be at least 1"),
-        (dict(lora_alpha=0.0), "--lora-alpha must be greater than 0"),
-    ],
-)
-def test_combinations_that_cannot_work_are_named_in_one_line(arguments, named):
-    with pytest.raises(harness.RunError) as error:
-        harness.check(nft.Args(**arguments))
-    assert named in str(error.value) and "\n" not in str(error.value)
-    harness.check(nft.Args(train="all", prefix_cache="off", micro_batch=1))
-
-
 # -------------------------------------------------------------------------------------------------------------- the program
 
 BRIEF = (

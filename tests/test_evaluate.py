@@ -18,7 +18,7 @@ import tyro
 from scipy.stats import binomtest, t
 from test_main import checkpoints, one_thread, only_run, refusal, run  # noqa: F401 (two are fixtures)
 
-from pi_stepnft import envs, harness
+from pi_stepnft import envs
 from pi_stepnft.algos import evaluate
 from pi_stepnft.harness import charts, evaluation, films, report
 from pi_stepnft.harness.evaluation import Evaluation
@@ -231,55 +231,6 @@ def test_films_show_the_first_episodes_and_the_best_and_worst():
     assert together[2] == [("a", "a", [0, 1])]
     assert [numbers for _, _, numbers in best[2]] == [[2, 3], [0, 4]]
     assert [len(film[2]) for film in evaluate.choose_films(TASK, "id", {"a": outcome([1, 1])}, 0, 2)] == [1]
-
-
-@pytest.mark.parametrize(
-    "arguments, named",
-    [
-        (dict(checkpoints=()), "no checkpoint given"),
-        (dict(episodes=0), "--episodes must be at least 1, got 0"),
-        (dict(num_envs=0), "--num-envs"),
-        (dict(execute=-1), "--execute"),
-        (dict(video_episodes=-1), "--video-episodes"),
-        (dict(render_best_of=-1), "--render-best-of"),
-        (dict(eval_seed=2**32), "--eval-seed"),
-        (dict(labels=("one", "two")), "--labels"),
-        (dict(checkpoints=("a", "b", "c"), labels=("A", "A 1", "A")), "none like 'A 1' beside 'A'"),
-        (dict(suites=()), "--suites"),
-        (dict(device="gpu"), "--device"),
-    ],
-)
-def test_arguments_that_cannot_work_are_named_in_one_line(arguments, named):
-    with pytest.raises(harness.RunError) as error:
-        evaluate.check(evaluate.Args(**dict(checkpoints=("somewhere",)) | arguments))
-    assert named in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "arguments, named",
-    [
-        (["nowhere"], "'nowhere' is neither a folder nor a bundled name"),
-        ([SFT, "--episodes", 0], "--episodes must be at least 1, got 0"),
-        ([SFT, "--env-id", "PickCubes-v1"], "unknown environment id 'PickCubes-v1'"),
-        ([SFT, "--env-id", VARIANT], "is a variant"),
-        ([SFT, "--obs-mode", "rgb"], "acts in state mode, not rgb"),
-        ([SFT, "--suites", "id", "visions"], "has no 'visions'"),
-        ([SFT, "--execute", 99], "--execute 99 is longer than the 4 actions"),
-        ([SFT, "pi0-tiny-pickcube-rgb"], "differ in their obs mode (pi0-tiny-pickcube-state: state, pi0-tiny-pickcube-rgb: rgb)"),
-        ([SFT, SFT, "--labels", "a", "b"], "the same"),
-    ],
-)
-def test_a_mistake_is_told_in_one_line_before_anything_begins(arguments, named, tmp_path):
-    assert named in refusal("evaluate", *arguments, cwd=tmp_path)
-
-
-def test_checkpoints_of_two_tasks_are_not_compared(checkpoints, tmp_path):  # noqa: F811
-    other = shutil.copytree(checkpoints["state"], tmp_path / "other")
-    config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(config | dict(meta=dict(env_id="PushCube-v1", obs_mode="state"))))
-    assert "differ in their task" in refusal("evaluate", checkpoints["state"], other, cwd=tmp_path)
-    (other / "config.json").write_text(json.dumps(config | dict(meta=dict(obs_mode="state"))))
-    assert "does not say what task it was trained on: add --env-id" in refusal("evaluate", other, cwd=tmp_path)
 
 
 def test_the_digest_is_of_what_a_policy_does(checkpoints, tmp_path):  # noqa: F811

@@ -15,7 +15,7 @@ from test_pi05 import random_policy
 from torch import nn
 from torch.distributions import Normal
 
-from pi_stepnft import envs, harness, policies
+from pi_stepnft import envs, policies
 from pi_stepnft.algos import ppo, stepnft_pi0
 
 K, NOISE = 4, 0.5  # the authors' solver
@@ -363,40 +363,8 @@ def test_with_the_sign_flipped_it_does_not(noise):
 # -------------------------------------------------------------------------------------------------------------- the program
 
 
-@pytest.mark.parametrize("arguments, named", [
-    (dict(clip=0.0), "--clip"),
-    (dict(value_clip=-1.0), "--value-clip"),
-    (dict(gamma=1.5), "--gamma"),
-    (dict(gae_lambda=-0.1), "--gae-lambda"),
-    (dict(critic_warmup=-1), "--critic-warmup"),
-    (dict(value_learning_rate=0.0), "--value-learning-rate"),
-    (dict(noise_min=0.0), "--noise-min"),
-    (dict(noise_min=0.2, noise_max=0.1), "--noise-max 0.1 must not be less than --noise-min 0.2"),
-    (dict(entropy_coef=0.1), "--noise learned"),
-    (dict(train="all", prefix_cache="cpu"), "--prefix-cache"),
-])
-def test_arguments_that_cannot_work_are_named_in_one_line(arguments, named):
-    check(ppo.Args())
-    with pytest.raises(harness.RunError) as error:
-        check(ppo.Args(**arguments))
-    assert named in str(error.value) and "\n" not in str(error.value)
-
-
-def check(args: ppo.Args) -> None:
-    """What is asked of the arguments before anything starts: of all programs', and of this one's."""
-    harness.check(args)
-    ppo.check(args)
-
-
 def test_help_explains_every_option(monkeypatch, capsys):
     test_main.test_help_explains_every_option(ppo, monkeypatch, capsys)
-
-
-def test_a_missing_checkpoint_names_the_commands_that_make_it(tmp_path):
-    missing = "--env-id", "PokeCube-v1"
-    assert "python algos/sft.py --env-id PokeCube-v1" in refusal("ppo", *missing, cwd=tmp_path)
-    expected = "python algos/pretrain.py --policy pi05 --env-id PokeCube-v1"
-    assert expected in refusal("ppo", *missing, "--policy", "pi05", cwd=tmp_path)
 
 
 SHORT = (

@@ -18,7 +18,7 @@ from test_main import checkpoints, one_thread, only_run, refusal, run, same, sca
 from test_stepnft import Field, prefix_and_state, succeeded
 from torch.distributions import Normal
 
-from pi_stepnft import envs, harness, policies
+from pi_stepnft import envs, policies
 from pi_stepnft.algos import grpo, nft, ppo, rft, stepnft_pi0, stepnft_pi05
 
 K = 4
@@ -311,53 +311,9 @@ def test_with_flipped_outcomes_it_learns_to_fail(name, options, least):
 # ------------------------------------------------------------------------------------------------------------ the programs
 
 
-@pytest.mark.parametrize(
-    "names, arguments, named",
-    [
-        ("grpo nft rft", dict(num_minibatches=0), "--num-minibatches must be at least 1, got 0"),
-        ("grpo nft rft", dict(learning_rate=float("nan")), "--learning-rate must be a finite number, got nan"),
-        ("grpo nft rft", dict(num_envs=24, group_size=16), "--num-envs 24 must be a multiple of --group-size 16"),
-        ("grpo nft rft", dict(train="all", prefix_cache="cpu"), "--prefix-cache cpu needs a frozen VLM"),
-        ("nft rft", dict(draws=0), "--draws"),
-        ("grpo", dict(group_size=1), "--group-size 1 leaves nothing to compare"),
-        ("grpo", dict(noise_level=0.0), "--noise-level must be greater than 0"),
-        ("grpo", dict(clip=-0.2), "--clip"),
-        ("nft", dict(group_size=1), "--labels group compares"),
-        ("nft", dict(beta=0.0), "--beta"),
-        ("nft", dict(ema_start=1.1), "--ema-start must be at most 1, got 1.1"),
-        ("rft", dict(noise_level=-0.1), "--noise-level must be at least 0"),
-        ("rft", dict(contrast=True), "--contrast compares"),
-    ],
-)
-def test_arguments_that_cannot_work_are_named_in_one_line(names, arguments, named):
-    def check(args) -> None:
-        harness.check(args)
-        module.check(args)
-
-    for module in (MODULES[name] for name in names.split()):
-        check(module.Args())
-        with pytest.raises(harness.RunError) as error:
-            check(module.Args(**arguments))
-        assert named in str(error.value) and "\n" not in str(error.value)
-
-
 @EACH
 def test_help_explains_every_option(name, monkeypatch, capsys):
     test_main.test_help_explains_every_option(MODULES[name], monkeypatch, capsys)
-
-
-@EACH
-def test_a_missing_checkpoint_names_the_commands_that_make_it(name, tmp_path):
-    missing = "--env-id", "PokeCube-v1"
-    assert "python algos/sft.py --env-id PokeCube-v1" in refusal(name, *missing, cwd=tmp_path)
-    expected = "python algos/pretrain.py --policy pi05 --env-id PokeCube-v1"
-    assert expected in refusal(name, *missing, "--policy", "pi05", cwd=tmp_path)
-
-
-@EACH
-def test_a_policy_that_the_checkpoint_contradicts_is_refused(name, checkpoints, tmp_path):  # noqa: F811
-    message = refusal(name, "--checkpoint", checkpoints["state"], "--obs-mode", "state", "--policy", "pi05", cwd=tmp_path)
-    assert "holds a pi0 policy, not --policy pi05" in message
 
 
 def test_what_all_algorithms_share_word_for_word_is_their_rollout_and_sampler():

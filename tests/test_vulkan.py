@@ -98,15 +98,6 @@ def test_a_driver_that_crashes_or_hangs_does_not_take_the_caller_along(clean, mo
         vulkan.check_driver(timeout=0.5)
 
 
-def test_the_command_line_says_it_in_one_line_without_a_traceback():
-    environment = os.environ | {"VK_DRIVER_FILES": "/nonexistent"}
-    check = subprocess.run(
-        [sys.executable, "-m", "pi_stepnft.envs.vulkan", "--quick"], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert check.returncode == 1
-    assert check.stdout == "" and len(check.stderr.splitlines()) == 1 and "Traceback" not in check.stderr
-
-
 @pytest.mark.parametrize(
     ("message", "expected"),
     [

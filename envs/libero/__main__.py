@@ -5,6 +5,8 @@ import sys
 from pi_stepnft.envs.base import EnvError
 from pi_stepnft.envs.libero import tasks
 
+if sys.argv[1:]:
+    sys.exit(f"error: python -m pi_stepnft.envs.libero takes no arguments, got {' '.join(sys.argv[1:])}")
 try:
     tasks.choose_gl()
 except EnvError as error:

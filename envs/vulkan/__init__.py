@@ -159,12 +159,12 @@ def check_driver(picture: bool = True, timeout: float = 120.0) -> str:
 def main() -> int:
     unknown = [argument for argument in sys.argv[1:] if argument != "--quick"]
     if unknown:
-        print(f"unknown argument {unknown[0]!r}; usage: python -m pi_stepnft.envs.vulkan [--quick]", file=sys.stderr)
+        print(f"error: unknown argument {unknown[0]!r}; usage: python -m pi_stepnft.envs.vulkan [--quick]", file=sys.stderr)
         return 1
     try:
         name = check_driver(picture="--quick" not in sys.argv[1:])
     except DriverError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"Vulkan driver works: {name}, {chosen_by_user() or 'chosen by the Vulkan loader'}")
     return 0
