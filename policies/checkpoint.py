@@ -7,35 +7,43 @@ from the files, or raises CheckpointError with one line that names what is wrong
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pi_stepnft.policies import layouts, lora
+from pi_stepnft.policies import layouts, lerobot, lora
 from pi_stepnft.policies.pi0 import Pi0, Pi0Config
 from pi_stepnft.policies.pi05 import Pi05, Pi05Config
 from pi_stepnft.policies.processor import NormStats, Processor, Tokenizer
 from pi_stepnft.policies.weights import (
     CheckpointError,
+    Count,
+    Declared,
     Weights,
+    declared,
+    inside,
     is_finite,
     listing,
     load_weights,
     published_name,
     read_json,
+    short,
     weight_files,
 )
 
 FORMAT_VERSION = 1
 TYPES = {"pi0": (Pi0, Pi0Config), "pi05": (Pi05, Pi05Config)}
 BUNDLED = Path(__file__).parent / "checkpoints"
-# A tokenizer up to this size is copied into the checkpoint; a larger one (PaliGemma's has 4 MB) is referenced by its
-# path.
-TOKENIZER_COPY_LIMIT = 1 << 20
+# Where the policy lies in the folder of a training, of ours and of lerobot's; the last of several is the newest.
+ABOVE = ("", "checkpoints/last/", "checkpoints/*/", "last/", "[0-9]*/")
+TRAININGS = [f"{above}{name}" for above in ABOVE for name in ("policy", "pretrained_model")]
 SAVE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -64,13 +72,13 @@ def save(policy: Pi0, folder: str | Path, dtype: str | None = None) -> None:
     tensors = published_tensors(policy, dtype, folder)
     processor = policy.processor
     tokenizer = processor.tokenizer
-    copied = f"tokenizer{tokenizer.path.suffix}" if len(tokenizer.serialized) <= TOKENIZER_COPY_LIMIT else None
+    copied = f"tokenizer{tokenizer.path.suffix}"
     config = {
         "format_version": FORMAT_VERSION,
         "type": policy.config.type,
         "model": policy.config.to_dict(),
         "processor": {
-            "tokenizer": copied or str(tokenizer.path.resolve()),
+            "tokenizer": copied,
             "state": processor.state_stats.to_dict(),
             "actions": processor.action_stats.to_dict(),
             **processor.options(),
@@ -84,11 +92,11 @@ def save(policy: Pi0, folder: str | Path, dtype: str | None = None) -> None:
             f"not saved to {folder}: policy.meta must be plain finite JSON values ({error})"
         ) from None
 
-    writers = {"config.json": lambda path: path.write_text(text)}
-    if copied:
-        writers[copied] = lambda path: path.write_bytes(tokenizer.serialized)
-    writers["model.safetensors"] = lambda path: save_file(tensors, path)
-    write_files(folder, writers)
+    write_files(folder, {
+        "config.json": lambda path: path.write_text(text),
+        copied: lambda path: path.write_bytes(tokenizer.serialized),
+        "model.safetensors": lambda path: save_file(tensors, path),
+    })
 
 
 def published_tensors(policy: Pi0, dtype: str | None, folder: Path) -> dict[str, Tensor]:
@@ -169,36 +177,41 @@ def load(
     """
     folder = find(path_or_name)
     weights = Weights(weight_files(folder))
-    file = folder / "config.json"
-    if file.is_file() and "format_version" in read_json(file):
-        described = read_config(folder)
-    else:
-        head_dim = options.get("head_dim", Pi0Config.head_dim)
-        described = layouts.describe(folder, weights, asset_id, head_dim, needs_statistics=norm_stats is None)
+    described = describe(folder, weights, options, needs_statistics=norm_stats is None and asset_id is None)
     kind = described.type
     if expect not in (None, kind):
         raise CheckpointError(f"{folder} holds a {kind} policy; expected {expect}: use what is made for {kind}, or other weights")
     if relative is not None:
         described.processor["relative"] = relative
-    found = layouts.find_tokenizer(Path(tokenizer)) if tokenizer else described.tokenizer
-    if found is None:
+    file = norm_stats
+    if file is None and (described.state is None or described.actions is None):
+        file = layouts.find_norm_stats(folder, asset_id)
+        described.meta["asset_id"] = layouts.asset_name(folder, file)
+    if not (tokenizer or described.tokenizer):
         raise CheckpointError(
             f"{folder} holds no tokenizer; pass tokenizer=, a path to PaliGemma's tokenizer.model or tokenizer.json"
         )
+    found = layouts.find_tokenizer(Path(tokenizer)) if tokenizer else inside(folder, described.tokenizer, folder / "config.json")
+    model, config_class = TYPES[kind]
     try:
-        model, config_class = TYPES[kind]
         config = config_class.from_dict({**described.config, **options})
+        layouts.check_sizes(config, weights)
         if norm_stats == "identity":
             described.state, described.actions = NormStats.identity(config.state_dim), NormStats.identity(config.action_dim)
-        elif norm_stats is not None:
-            described.state, described.actions = layouts.read_norm_stats(norm_stats, kind)
-        processor = Processor(
-            config, Tokenizer(found), described.state, described.actions, device, **described.processor
-        )
+        elif file is not None:
+            described.state, described.actions = layouts.read_norm_stats(file, config, described.notes)
+        processor = Processor(config, Tokenizer(found), described.state, described.actions, device, **described.processor)
     except CheckpointError:
         raise
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from None
+    if "horizon" in options and "execute" in described.meta:  # a shorter chunk than the checkpoint's
+        described.meta["execute"] = min(described.meta["execute"], config.horizon)
+    for name, stats in (("state", described.state), ("action", described.actions)):
+        if constant := [str(i) for i in stats.constant(config.normalization).nonzero()[0]]:
+            described.notes.append(f"{name} dimensions {listing(constant)} never varied in its data: they are not scaled")
+    if described.notes:
+        warnings.warn(f"{folder}: {'; '.join(described.notes)}", stacklevel=2)
     with torch.device("meta"):
         policy = model(config).cast(dtype, trained)
     policy.processor, policy.meta = processor, described.meta
@@ -211,40 +224,87 @@ def load(
 
 def find(path_or_name: str | Path) -> Path:
     """Checkpoint folder of a path, of a bundled name, or of a hub id, which is downloaded unless cached."""
-    for folder in (Path(path_or_name), BUNDLED / path_or_name):
-        if folder.is_dir():
-            if not any(folder.glob("*.safetensors")):  # a training's folder, ours or lerobot's: say where its policy is
-                for inside in ("policy", "pretrained_model", "checkpoints/last/pretrained_model"):
-                    if (folder / inside / "config.json").is_file():
-                        raise CheckpointError(f"{folder} is a training's folder; its policy is {folder / inside}")
-            return folder
-    if not Path(path_or_name).exists() and layouts.is_hub_id(str(path_or_name)):
-        return layouts.fetch(str(path_or_name))
-    kind = "is a file" if Path(path_or_name).exists() else "is neither a folder nor a bundled name"
+    name = str(Path(path_or_name))
+    folder = BUNDLED / name if name in bundled() and not os.path.isdir(name) else Path(name)
+    if os.path.isdir(folder):
+        if not any(os.path.lexists(folder / file) for file in ("model.safetensors", "model.safetensors.index.json")):
+            for inside in TRAININGS:  # a training's folder, ours or lerobot's: say where its policy is
+                if policies := sorted(folder.glob(f"{inside}/config.json")):
+                    raise CheckpointError(f"{folder} is a training's folder; its policy is {policies[-1].parent}")
+        return folder
+    if not os.path.lexists(folder) and layouts.is_hub_id(name):
+        return layouts.fetch(name)
+    kind = "is a file" if os.path.lexists(folder) else "is neither a folder nor a bundled name"
+    if os.path.isdir(folder.parent) and folder.parent != Path():
+        kind += f" ({folder.parent} holds {listing(sorted(os.listdir(folder.parent))) or 'nothing'})"
     raise CheckpointError(
-        f"checkpoint {str(path_or_name)!r} {kind}; "
-        f"give a checkpoint's folder, a hub id org/name, or one of: {', '.join(bundled()) or 'none'}"
+        f"checkpoint {name!r} {kind}; give a checkpoint's folder, a hub id org/name, or one of: {', '.join(bundled()) or 'none'}"
     )
 
 
-def read_config(folder: Path) -> layouts.Description:
+class Policy(Declared):
+    """What the programs read of a policy's `meta`, if it is there."""
+
+    env_id: str = ""
+    obs_mode: Literal["rgb", "state"] = "rgb"
+    execute: Count = 1
+    num_steps: Count = 1
+    env_options: Annotated[list[str], Field(fail_fast=True)] = []
+
+
+class Prepared(layouts.Options):
+    """How our config.json describes the processor."""
+
+    tokenizer: str
+    state: layouts.Statistics
+    actions: layouts.Statistics
+
+
+class Own(Declared):
+    """config.json of `save`."""
+
+    type: Literal["pi0", "pi05"]
+    model: dict
+    processor: Prepared
+    meta: Policy = Policy()
+
+
+def describe(folder: Path, weights: Weights, options: dict, needs_statistics: bool) -> layouts.Description:
+    """Everything but the weights of a folder, whose layout is recognised: ours, lerobot's or openpi's.
+
+    options: fields of the configuration that are given, for what shapes alone do not tell. Raises CheckpointError if the
+    folder is damaged or contradicts itself.
+    """
+    file = folder / "config.json"
+    content = read_json(file) if os.path.lexists(file) else {}
+    if "format_version" in content:
+        return own(folder, content)
+    kind = layouts.policy_type(weights)
+    if "type" in content or "input_features" in content:
+        found = lerobot.describe(folder, weights, content, kind, needs_statistics)
+    else:
+        found = layouts.openpi(content, kind, file)
+    found.tokenizer = layouts.beside(folder)
+    head_dim = {**found.config, **options}.get("head_dim", Pi0Config.head_dim)
+    sizes = layouts.sizes(weights, declared(Count, head_dim, f"{folder}: head_dim"))
+    if "action_dim" in sizes:
+        sizes.setdefault("state_dim", sizes["action_dim"])  # π0.5 has no projection of the state
+    found.config = {**sizes, **found.config}
+    return found
+
+
+def own(folder: Path, content: dict) -> layouts.Description:
     """config.json of a folder written by `save`. Raises CheckpointError on another version or type, or missing entries."""
-    config = read_json(folder / "config.json")
-    if config.get("format_version") != FORMAT_VERSION or config.get("type") not in TYPES:
-        raise CheckpointError(
-            f"{folder}/config.json has format_version {config.get('format_version')!r} and "
-            f"type {config.get('type')!r}; expected {FORMAT_VERSION} and one of {', '.join(TYPES)}"
-        )
+    file = folder / "config.json"
+    if content["format_version"] != FORMAT_VERSION:
+        raise CheckpointError(f"{file} has format_version {short(content['format_version'])}; expected {FORMAT_VERSION}")
+    c = declared(Own, content, file)
     try:
-        processor = dict(config["processor"])
-        state, actions = NormStats(**processor.pop("state")), NormStats(**processor.pop("actions"))
-        tokenizer = folder / processor.pop("tokenizer")
-        return layouts.Description(
-            config["type"], config["model"], state, actions, tokenizer, processor, config.get("meta", {})
-        )
-    except KeyError as error:
-        raise CheckpointError(
-            f"{folder}/config.json lacks the entry {error}; restore the file or save the policy again"
-        ) from None
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder}/config.json: {error}") from None
+        json.dumps(content.get("meta", {}), allow_nan=False)
+    except ValueError:  # which would only be found when a trained policy is saved
+        raise CheckpointError(f"{file}: meta holds NaN or infinity; put null there") from None
+    state, actions = (
+        layouts.norm_stats(getattr(c.processor, name), c.type, f"{file}: {name}") for name in ("state", "actions")
+    )
+    processor = c.processor.model_dump(include=set(layouts.Options.model_fields))
+    return layouts.Description(c.type, c.model, state, actions, c.processor.tokenizer, processor, content.get("meta", {}))

@@ -47,9 +47,7 @@ def export(policy: Pi0, folder: str | Path, asset_id: str, dtype: str | None = N
     writers = {
         "config.json": lambda path: path.write_text(json.dumps(config, indent=2) + "\n"),
         f"assets/{asset}/norm_stats.json": lambda path: path.write_text(json.dumps(stats, indent=2) + "\n"),
+        f"tokenizer{processor.tokenizer.path.suffix}": lambda path: path.write_bytes(processor.tokenizer.serialized),
         "model.safetensors": lambda path: save_file(tensors, path, metadata={"format": "pt"}),
     }
-    tokenizer = processor.tokenizer
-    if len(tokenizer.serialized) <= checkpoint.TOKENIZER_COPY_LIMIT:
-        writers[f"tokenizer{tokenizer.path.suffix}"] = lambda path: path.write_bytes(tokenizer.serialized)
     checkpoint.write_files(folder, writers)

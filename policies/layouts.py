@@ -1,24 +1,37 @@
-"""What checkpoints of other projects say about a policy: openpi's PyTorch folders and lerobot's π0 and π0.5.
+"""What tensor shapes and openpi's PyTorch folders say about a policy (for lerobot's see policies.lerobot), and the hub.
 
-`describe` recognises the layout of a folder and returns everything but the weights: sizes, normalisation statistics,
-prompt, cameras. Sizes come from tensor shapes; what shapes cannot tell (horizon, cameras, prompt) from the configuration
-beside them, and else from the published defaults.
+Sizes come from tensor shapes; what shapes cannot tell (horizon, cameras, prompt) from the configuration beside them, and
+else from the published defaults. What a configuration says and is not understood is refused, or told in a warning.
 """
 
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from pydantic import ConfigDict, Field
 
 from pi_stepnft.policies.pi0 import Pi0Config
-from pi_stepnft.policies.processor import NormStats
-from pi_stepnft.policies.weights import EMBEDDING, EXPERT, PALIGEMMA, STATISTICS, CheckpointError, Weights, listing, read_json
+from pi_stepnft.policies.processor import CONSTANT, NormStats
+from pi_stepnft.policies.weights import (
+    EMBEDDING,
+    EXPERT,
+    PALIGEMMA,
+    CheckpointError,
+    Count,
+    Declared,
+    Vector,
+    Weights,
+    declared,
+    listing,
+    read_json,
+    short,
+)
 
 HUB_FILES = ["*.json", "model*.safetensors", "policy_p*.safetensors", "tokenizer.model"]
 HUB_IGNORED = ["*/*.safetensors"]
@@ -40,15 +53,7 @@ SIZES = {
     "state_dim": ("state_proj.weight", 1),
 }
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
-RELATIVE_STEPS = ("relative_actions_processor", "delta_actions_processor")
-# lerobot's names of configuration fields, older ones included, and ours.
-LEROBOT_FIELDS = dict(
-    chunk_size="horizon", tokenizer_max_length="max_token_len", num_steps="num_steps", num_inference_steps="num_steps",
-    min_period="min_period", max_period="max_period",
-)
-# lerobot's normalisation modes that map a range onto [-1, 1], and the statistics that bound it.
-RANGES = {"MIN_MAX": ("min", "max"), "QUANTILES": ("q01", "q99"), "QUANTILE10": ("q10", "q90")}
-PADDING_TOLERANCE = 1e-6  # openpi's quantiles of a padded, hence constant, dimension are off by its histogram's margin, 1e-10
+LOCAL = ("runs", "outputs", "checkpoints")  # folders that trainings write to, not organisations of the hub
 
 
 @dataclass
@@ -63,12 +68,14 @@ class Description:
     """statistics of the state; None if the checkpoint has none"""
     actions: NormStats | None = None
     """statistics of the actions; None if the checkpoint has none"""
-    tokenizer: Path | None = None
-    """tokenizer file; None if the checkpoint names none"""
+    tokenizer: str | None = None
+    """name of the tokenizer's file in the folder; None if there is none"""
     processor: dict = field(default_factory=dict)
     """further arguments of the Processor"""
     meta: dict = field(default_factory=dict)
     """what `policy.meta` tells about the origin"""
+    notes: list[str] = field(default_factory=list)
+    """what the folder says and is not followed, to be told in a warning"""
 
 
 # -------------------------------------------------------------------- folders and the hub
@@ -93,15 +100,22 @@ def fetch(repo: str) -> Path:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name has the form org/name of the hub."""
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) is not None
+    """Whether a name has the form org/name of the hub, and is not a path of here that is mistyped."""
+    first = name.partition("/")[0]
+    known = first in LOCAL or os.path.isdir(first)
+    return not known and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) is not None
 
 
 def find_tokenizer(place: Path) -> Path:
     """The tokenizer file that a path or a hub id means; the path itself if there is none, for the error that names it."""
-    if not place.exists() and is_hub_id(str(place)):
+    if not os.path.lexists(place) and is_hub_id(str(place)):
         place = fetch(str(place))
-    return next((place / name for name in TOKENIZER_FILES if (place / name).is_file()), place)
+    return place / (beside(place) or "")
+
+
+def beside(folder: Path) -> str | None:
+    """Name of the tokenizer in a folder, if there is one."""
+    return next((name for name in TOKENIZER_FILES if os.path.lexists(folder / name)), None)
 
 
 # -------------------------------------------------------------------- recognising a layout
@@ -128,57 +142,69 @@ def sizes(weights: Weights, head_dim: int) -> dict:
     found = {field: shapes[name][axis] for field, (name, axis) in SIZES.items() if len(shapes.get(name, ())) > axis}
     for field_name, stack in (("vision_depth", f"{VISION}encoder.layers."), ("vlm_depth", f"{LANGUAGE}layers.")):
         layers = {name.removeprefix(stack).partition(".")[0] for name in shapes if name.startswith(stack)}
-        found[field_name] = max(1, len(layers))
+        if layers:
+            found[field_name] = len(layers)
     if "vision_patches" in found:
         found["image_size"] = math.isqrt(found.pop("vision_patches")) * found.get("patch_size", Pi0Config.patch_size)
     for field_name in ("heads", "kv_heads"):
         if field_name in found:
             found[field_name] //= head_dim
-    if "action_dim" in found:
-        found.setdefault("state_dim", found["action_dim"])  # π0.5 has no projection of the state
     return found
 
 
-def describe(
-    folder: Path, weights: Weights, asset_id: str | None, head_dim: int, needs_statistics: bool = True
-) -> Description:
-    """Everything but the weights of a folder that `policies.save` did not write.
+def check_sizes(config: Pi0Config, weights: Weights) -> None:
+    """Compare a configuration with the shapes before anything is built by it: a damaged one may tell of 10^6 layers.
 
-    asset_id: which of several statistics to use, as in `assets/<asset_id>/norm_stats.json`; head_dim: width of an attention
-    head, which shapes do not tell. Raises CheckpointError if the folder contradicts itself or, where needed, has no
-    statistics.
+    Raises CheckpointError that names every difference.
     """
-    file = folder / "config.json"
-    config = read_json(file) if file.is_file() else {}
-    kind = policy_type(weights)
-    try:
-        if "type" in config or "input_features" in config:
-            found = lerobot(folder, weights, config, kind, needs_statistics and asset_id is None)
-        else:
-            found = openpi(config, kind)
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder}: its JSON files are not as openpi or lerobot write them ({error!r})") from error
-    if needs_statistics and (found.state is None or found.actions is None):
-        file = find_norm_stats(folder, asset_id)
-        found.state, found.actions = read_norm_stats(file, kind)
-        found.meta["asset_id"] = asset_name(folder, file)
-    found.tokenizer = next((folder / name for name in TOKENIZER_FILES if (folder / name).is_file()), None)
-    found.config = {**sizes(weights, head_dim), **found.config}
-    return found
+    said = config.to_dict()
+    shapes = sizes(weights, config.head_dim)
+    if wrong := [f"{name} {said[name]} instead of {size}" for name, size in shapes.items() if said[name] != size]:
+        raise CheckpointError(f"{weights} does not fit the {config.type} configuration: {listing(wrong, 40)}; "
+                              "use the config.json saved with it")
 
 
 # -------------------------------------------------------------------- openpi
 
 
-def openpi(config: dict, kind: str) -> Description:
-    """A folder of openpi, or of RL runs that build on it: `config.json`, if there is one, tells the horizon.
+class Options(Declared):
+    """Arguments of a Processor beside tokenizer and statistics, in our config.json"""
+
+    model_config = ConfigDict(extra="forbid")
+    relative: Annotated[list[int], Field(fail_fast=True)] = []
+    pad_state_bins: bool = False
+
+
+class OpenPi(Declared):
+    """config.json of openpi's converter, and what `policies.export` adds to it. What else it may say is in OPENPI_KNOWN."""
+
+    action_horizon: Count | None = None
+    action_dim: Count | None = None
+    max_token_len: Count | None = None
+    discrete_state_input: bool | None = None
+    pi05: bool | None = None
+    model: dict = {}
+    processor: Options = Options()
+
+
+OPENPI_KNOWN = {"precision", "dtype", "paligemma_variant", "action_expert_variant", "pytorch_compile_mode"}
+"""precision and compilation are the caller's, the variants follow from the shapes"""
+
+
+def openpi(config: dict, kind: str, where: Path) -> Description:
+    """A folder of openpi, or of RL runs that build on it: `config.json`, if there is one, tells horizon and prompt.
 
     A folder written by `policies.export` also carries our own configuration and processor options.
     """
-    values = {"horizon": config["action_horizon"]} if "action_horizon" in config else {}
-    return Description(
-        kind, {**values, **config.get("model", {})}, processor=config.get("processor", {}), meta={"layout": "openpi"}
-    )
+    c = declared(OpenPi, config, where)
+    if c.pi05 not in (None, kind == "pi05"):
+        raise CheckpointError(f"{where} says pi05: {c.pi05}, but the weights are those of {kind}")
+    values = dict(horizon=c.action_horizon, action_dim=c.action_dim, max_token_len=c.max_token_len)
+    if kind == "pi05":
+        values["discrete_state"] = c.discrete_state_input
+    values = {name: value for name, value in values.items() if value is not None}
+    notes = [f"{short(name)} is not known" for name in c.model_extra if name not in OPENPI_KNOWN]
+    return Description(kind, {**values, **c.model}, processor=c.processor.model_dump(), meta={"layout": "openpi"}, notes=notes)
 
 
 def asset_name(folder: Path, file: Path) -> str:
@@ -211,143 +237,69 @@ def find_norm_stats(folder: Path, asset_id: str | None) -> Path:
     return next(iter(files.values()))
 
 
-def read_norm_stats(file: str | Path, kind: str) -> tuple[NormStats, NormStats]:
+class Statistics(Declared):
+    """Of one vector, in openpi's norm_stats.json, in our config.json and, with those of other modes, in lerobot's files."""
+
+    mean: Vector | None = None
+    std: Vector | None = None
+    q01: Vector | None = None
+    q99: Vector | None = None
+    q10: Vector | None = None
+    q90: Vector | None = None
+    min: Vector | None = None
+    max: Vector | None = None
+
+
+class NormStatsFile(Declared):
+    """norm_stats.json of openpi, or its only entry"""
+
+    state: Statistics
+    actions: Statistics
+
+
+def read_norm_stats(file: str | Path, config: Pi0Config, notes: list[str]) -> tuple[NormStats, NormStats]:
     """Statistics of state and actions in openpi's layout, without the zeros that pad them to the policy's width.
 
-    Raises CheckpointError if an entry that this kind of policy needs is missing or not finite.
+    notes: takes what is to be told of them. Raises CheckpointError if an entry that this kind of policy needs is missing or
+    not finite.
     """
     content = read_json(file)
-    content = content.get("norm_stats", content)
-    found = []
-    for name in ("state", "actions"):
-        entry = content.get(name)
-        if not isinstance(entry, dict):
-            raise CheckpointError(f"{file} has no statistics of {name!r}; expected {{'norm_stats': {{'state': …, 'actions': …}}}}")
-        found.append(without_padding(norm_stats(entry, kind, f"{file}: {name}")))
-    return found[0], found[1]
+    found = declared(NormStatsFile, content.get("norm_stats", content), file)
+    state, actions = (norm_stats(getattr(found, name), config.type, f"{file}: {name}") for name in ("state", "actions"))
+    return without_padding(state, "state", config.state_dim, notes), without_padding(actions, "actions", config.action_dim, notes)
 
 
-def without_padding(stats: NormStats) -> NormStats:
-    """Statistics up to the last dimension that is not constantly zero."""
+def without_padding(stats: NormStats, name: str, width: int, notes: list[str]) -> NormStats:
+    """Statistics as wide as the policy, up to the last dimension that is not constantly zero; narrower ones are not padded."""
     values = stats.to_dict()
-    used = np.abs(np.stack(list(values.values()))).max(axis=0) > PADDING_TOLERANCE  # (D,)
-    size = 1 + int(used.nonzero()[0].max()) if used.any() else len(used)
+    used = np.abs(np.stack(list(values.values()))).max(axis=0) > CONSTANT  # (D,); openpi's quantiles of zeros are off by 1e-10
+    if len(used) < width or used[-1] or not used.any():
+        return stats
+    size = 1 + int(used.nonzero()[0].max())
+    notes.append(f"statistics of {name} are zero from dimension {size} on, which is taken for padding")
     return NormStats(**{name: value[:size] for name, value in values.items()})
 
 
-def norm_stats(entry: dict, kind: str, where: str) -> NormStats:
+def norm_stats(entry: Statistics, kind: str, where: str) -> NormStats:
     """Statistics of one vector; those that this kind of policy does not use may be missing.
 
     Raises CheckpointError if one that it uses is missing or not finite.
     """
-    names = ("mean", "std", "q01", "q99")
-    needed = names[2:] if kind == "pi05" else names[:2]
-    if missing := [name for name in needed if entry.get(name) is None]:
+    given = {name: getattr(entry, name) for name in ("mean", "std", "q01", "q99") if getattr(entry, name) is not None}
+    needed = ("q01", "q99") if kind == "pi05" else ("mean", "std")
+    if missing := [name for name in needed if name not in given]:
         raise CheckpointError(f"{where} lacks {listing(missing)}, by which {kind} policies are scaled; pass norm_stats=")
-    try:
-        given = {name: np.asarray(entry[name], dtype=np.float64) for name in names if entry.get(name) is not None}
-        first, second = (given[name] for name in needed)
-        center, scale = (first, second) if kind == "pi0" else ((first + second) / 2, (second - first) / 2)
-        values = {**NormStats.affine(center, scale).to_dict(), **given}
-        return NormStats(**values)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{where}: {error}; pass norm_stats=") from None
+    return scaled(*(given[name] for name in needed), kind == "pi05", where, given)
 
 
-# -------------------------------------------------------------------- lerobot
+def scaled(first: list[float], second: list[float], is_range: bool, where: str, given: dict | None = None) -> NormStats:
+    """Statistics from a center and a scale or, with is_range, from the bounds of a range; `given` are taken as they are.
 
-
-def lerobot(folder: Path, weights: Weights, config: dict, kind: str, needs_statistics: bool) -> Description:
-    """A lerobot folder: sizes in `config.json`, statistics beside the processor steps or, before 0.4, among the weights."""
-    if config.get("type", kind) != kind:
-        raise CheckpointError(f"{folder}/config.json is of type {config['type']!r}, but the weights are those of {kind}")
-    values = {own: config[theirs] for theirs, own in LEROBOT_FIELDS.items() if theirs in config}
-    features = {**(config.get("input_features") or {}), **(config.get("output_features") or {})}
-    widths = {name: feature["shape"][0] for name, feature in features.items() if feature.get("shape")}
-    cameras = [name for name, feature in features.items() if feature.get("type") == "VISUAL"]
-    if cameras:
-        values["num_cameras"] = len(cameras)
-    found = Description(kind, values, meta={"layout": "lerobot", "cameras": cameras})
-
-    steps = [step for name in ("pre", "post") for step in processor_steps(folder / f"policy_{name}processor.json")]
-    relative = next((step for step in steps if step_name(step) in RELATIVE_STEPS), None)
-    if relative is not None and relative.get("config", {}).get("enabled"):
-        found.processor["relative"] = relative_dims(relative["config"], widths["action"])
-    # Prompts lost their padding in the release, 0.5, whose pipelines first had a step for relative actions.
-    found.processor["pad_state_bins"] = kind == "pi05" and relative is None
-    if needs_statistics:
-        statistics = step_statistics(folder, steps) or buffer_statistics(weights)
-        modes = [step["config"]["norm_map"] for step in steps if "norm_map" in step.get("config", {})]
-        modes = {**(config.get("normalization_mapping") or {}), **(modes[0] if modes else {})}
-        default = "QUANTILES" if kind == "pi05" else "MEAN_STD"
-        for own, name, feature in (("state", "observation.state", "STATE"), ("actions", "action", "ACTION")):
-            mode, where = modes.get(feature, default), f"{folder}: statistics of {name}"
-            setattr(found, own, scaling(statistics.get(name), mode, kind, widths.get(name), where))
-    return found
-
-
-def processor_steps(file: Path) -> list[dict]:
-    """Steps of a lerobot processor; none if there is no such file."""
-    return read_json(file).get("steps", []) if file.is_file() else []
-
-
-def step_name(step: dict) -> str:
-    """Registered name of a processor step, or its class."""
-    return step.get("registry_name") or step.get("class", "")
-
-
-def step_statistics(folder: Path, steps: list[dict]) -> dict[str, dict[str, np.ndarray]]:
-    """Statistics per feature in the files beside lerobot's normalising steps."""
-    found: dict[str, dict[str, np.ndarray]] = {}
-    for step in steps:
-        name = step.get("state_file")
-        if name is None or "normalizer" not in step_name(step).lower():
-            continue
-        try:
-            tensors = load_file(folder / Path(name).name)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{folder / name} is not a complete safetensors file ({error}); copy it again") from None
-        for key, tensor in tensors.items():
-            feature, _, statistic = key.rpartition(".")
-            found.setdefault(feature, {})[statistic] = tensor.double().numpy()
-    return found
-
-
-def buffer_statistics(weights: Weights) -> dict[str, dict[str, np.ndarray]]:
-    """Statistics per feature that lerobot before 0.4 kept among the weights, as `normalize_inputs.buffer_<feature>.<name>`."""
-    found: dict[str, dict[str, np.ndarray]] = {}
-    for stored in weights.extras:
-        if not stored.startswith(STATISTICS) or ".buffer_" not in stored:
-            continue
-        feature, _, statistic = stored.partition(".buffer_")[2].rpartition(".")
-        name = {"observation_state": "observation.state", "action": "action"}.get(feature)
-        if name:
-            found.setdefault(name, {})[statistic] = weights.read_extra(stored).double().numpy()
-    return found
-
-
-def scaling(entry: dict | None, mode: str, kind: str, width: int | None, where: str) -> NormStats | None:
-    """lerobot's statistics of one feature as ours, so that this kind of policy scales by them as `mode` says.
-
-    None if there are none. Raises CheckpointError if the mode is unknown or its statistics are missing.
+    Raises CheckpointError if they are not finite, or not of one length.
     """
-    if mode == "IDENTITY" and width:
-        return NormStats.identity(width)
-    if not entry:
-        return None
-    if mode == ("QUANTILES" if kind == "pi05" else "MEAN_STD"):  # what this kind of policy does anyway
-        return norm_stats(entry, kind, where)
-    names = RANGES.get(mode, ("mean", "std"))
-    if mode not in (*RANGES, "MEAN_STD") or any(name not in entry for name in names):
-        raise CheckpointError(f"{where}: {listing(sorted(entry))} do not serve its mode {mode}; pass norm_stats=")
-    first, second = (entry[name] for name in names)
     try:
-        return NormStats.affine(*((first, second) if mode == "MEAN_STD" else ((first + second) / 2, (second - first) / 2)))
-    except ValueError as error:
+        first, second = (np.asarray(value, dtype=np.float64) for value in (first, second))
+        center, scale = ((first + second) / 2, (second - first) / 2) if is_range else (first, second)
+        return NormStats(**{**NormStats.affine(center, scale).to_dict(), **(given or {})})
+    except (OverflowError, ValueError) as error:
         raise CheckpointError(f"{where}: {error}; pass norm_stats=") from None
-
-
-def relative_dims(config: dict, size: int) -> list[int]:
-    """Action dimensions that lerobot's relative-action step shifts by the state: all but those of excluded names."""
-    excluded, names = [name.lower() for name in config.get("exclude_joints") or ()], config.get("action_names") or ()
-    return [i for i in range(size) if i >= len(names) or not any(word in str(names[i]).lower() for word in excluded)]

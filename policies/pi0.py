@@ -15,17 +15,27 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from functools import partial
+from typing import Annotated
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass as checked
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pi_stepnft.policies.gemma import AdaRMSNorm, Gemma, Linear, RMSNorm, additive_mask, rotary
+from pi_stepnft.policies.weights import problem
+
+# Ranges far beyond any policy: what is outside is a damaged file, and would be built for ever.
+Few = Annotated[int, Field(ge=1, le=256)]
+Many = Annotated[int, Field(ge=1, le=10_000)]
+Width = Annotated[int, Field(ge=1, le=1 << 20)]
+Scale = Annotated[float, Field(ge=1e-9, le=1e9)]
 
 
-@dataclass(frozen=True)
+@checked(frozen=True, config=ConfigDict(strict=True))
 class Pi0Config:
     """Sizes of a π0 policy; the defaults are the published 3.2 B model. Raises ValueError on impossible values."""
 
@@ -34,66 +44,56 @@ class Pi0Config:
     normalization = "mean_std"
     """statistics that scale states and actions (see policies.processor)"""
 
-    image_size: int = 224
+    image_size: Many = 224
     """side of the square camera images, pixels"""
-    patch_size: int = 14
+    patch_size: Many = 14
     """side of a vision patch, pixels; divides image_size"""
-    num_cameras: int = 3
+    num_cameras: Annotated[int, Field(ge=0, le=256)] = 3
     """images per observation; 0 builds no vision tower: the prefix is text, the policy acts on the state vector"""
-    vision_width: int = 1152
+    vision_width: Width = 1152
     """width of the SigLIP vision tower"""
-    vision_depth: int = 27
+    vision_depth: Few = 27
     """layers of the vision tower"""
-    vision_mlp: int = 4304
+    vision_mlp: Width = 4304
     """hidden width of the vision tower's feed-forward layers"""
-    vision_heads: int = 16
+    vision_heads: Few = 16
     """attention heads of the vision tower"""
-    vlm_width: int = 2048
+    vlm_width: Width = 2048
     """width of the language model"""
-    vlm_depth: int = 18
+    vlm_depth: Few = 18
     """layers of the language model, and of the action expert, which reads the keys and values of each"""
-    vlm_mlp: int = 16384
+    vlm_mlp: Width = 16384
     """hidden width of the language model's feed-forward layers"""
-    expert_width: int = 1024
+    expert_width: Width = 1024
     """width of the action expert; even, because the time embedding is half sines and half cosines"""
-    expert_mlp: int = 4096
+    expert_mlp: Width = 4096
     """hidden width of the expert's feed-forward layers"""
-    heads: int = 8
+    heads: Few = 8
     """query heads of the language model and of the expert"""
-    kv_heads: int = 1
+    kv_heads: Few = 1
     """key/value heads shared by groups of query heads; divides heads"""
-    head_dim: int = 256
+    head_dim: Many = 256
     """width of a head; even, for rotary positions"""
-    vocab_size: int = 257152
+    vocab_size: Width = 257152
     """rows of the token embedding"""
-    max_token_len: int = 48
+    max_token_len: Many = 48
     """instruction length in tokens, padded on the right"""
-    state_dim: int = 32
+    state_dim: Many = 32
     """width of the padded state vector"""
-    action_dim: int = 32
+    action_dim: Many = 32
     """width of the padded action vector"""
-    horizon: int = 50
+    horizon: Many = 50
     """actions per chunk"""
-    num_steps: int = 10
+    num_steps: Many = 10
     """solver steps when a caller names none"""
-    rope_theta: float = 1e4
+    rope_theta: Scale = 1e4
     """base of the rotary frequencies"""
-    min_period: float = 4e-3
+    min_period: Scale = 4e-3
     """shortest period of the time embedding"""
-    max_period: float = 4.0
+    max_period: Scale = 4.0
     """longest period of the time embedding"""
 
     def __post_init__(self):
-        for field in fields(self):
-            value, least = getattr(self, field.name), 0 if field.name == "num_cameras" else 1
-            if field.type in (bool, "bool"):
-                if not isinstance(value, bool):
-                    raise ValueError(f"{field.name} is {value!r}; expected true or false")
-            elif field.type in (int, "int"):
-                if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                    raise ValueError(f"{field.name} is {value!r}; expected an integer of at least {least}")
-            elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise ValueError(f"{field.name} is {value!r}; expected a positive number")
         for name, divisor in (("image_size", "patch_size"), ("vision_width", "vision_heads"), ("heads", "kv_heads")):
             if getattr(self, name) % getattr(self, divisor):
                 raise ValueError(
@@ -127,7 +127,10 @@ class Pi0Config:
         names = [field.name for field in fields(cls)]
         if unknown := sorted(set(values) - set(names)):
             raise ValueError(f"unknown policy option {', '.join(unknown)}; expected some of {', '.join(names)}")
-        return cls(**values)
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise ValueError(problem(error)) from None
 
     def to_dict(self) -> dict:
         """A plain dictionary that `from_dict` and JSON take back."""

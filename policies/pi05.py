@@ -5,17 +5,17 @@ residual gate per norm), and there is no state token: the state stands in the pr
 actions are scaled by their quantiles. All else, and the interface, is π0's (see policies.pi0).
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass as checked
 from torch import Tensor, nn
 
 from pi_stepnft.policies.gemma import Gemma
 from pi_stepnft.policies.pi0 import Pi0, Pi0Config, Prefix, time_embedding
 
 
-@dataclass(frozen=True)
+@checked(frozen=True, config=ConfigDict(strict=True))
 class Pi05Config(Pi0Config):
     """Sizes of a π0.5 policy; the defaults are the published 3.4 B model. Raises ValueError on impossible values."""
 

@@ -18,9 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pi_stepnft.policies.weights import regular
+
 TINY_TOKENIZER = Path(__file__).parent / "assets" / "tiny_tokenizer.model"
 STATE_BINS = np.linspace(-1, 1, 257)[:-1]
 """lower edges of the 256 bins in which π0.5's prompt gives a normalised state, as in openpi"""
+CONSTANT = 1e-6
+"""deviation, or half the distance of the quantiles, up to which a dimension of statistics never varied"""
+TOKENIZER_BYTES = 128 << 20
+"""of a tokenizer's file at most (PaliGemma's tokenizer.json: 34 MB)"""
 
 
 @dataclass
@@ -34,7 +40,8 @@ class NormStats:
 
     def __post_init__(self):
         for name in ("mean", "std", "q01", "q99"):
-            value = np.asarray(getattr(self, name), dtype=np.float32)
+            with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused below
+                value = np.asarray(getattr(self, name), dtype=np.float32)
             setattr(self, name, value)
             if value.ndim != 1 or value.shape != self.mean.shape:
                 raise ValueError(
@@ -44,9 +51,15 @@ class NormStats:
                 raise ValueError(
                     f"normalisation {name} holds NaN, infinity or a negative deviation; compute it from finite data"
                 )
+        if not (len(self) and (self.q01 <= self.q99).all()):
+            raise ValueError("normalisation has no dimension, or a q01 above its q99; compute it from data")
 
     def __len__(self) -> int:
         return len(self.mean)
+
+    def constant(self, normalization: str) -> np.ndarray:
+        """(D,) bool: dimensions that never varied, by the statistics that `normalization` ("mean_std", "quantile") scales by."""
+        return (self.std if normalization == "mean_std" else (self.q99 - self.q01) / 2) <= CONSTANT
 
     @classmethod
     def from_data(cls, data: np.ndarray, min_std: float = 1e-2) -> "NormStats":
@@ -85,7 +98,7 @@ class Tokenizer:
 
     def __init__(self, path: str | Path = TINY_TOKENIZER):
         """Raises ValueError if the file is missing or no tokenizer."""
-        self.path = Path(path)
+        self.path = regular(path, TOKENIZER_BYTES, "tokenizer ")
         try:
             self.serialized = self.path.read_bytes()
             if self.path.suffix == ".json":
@@ -250,6 +263,11 @@ class Processor:
         if len(ids) > length and not self._warned:
             self._warned = True
             warnings.warn(f"prompt of {len(ids)} tokens cut to max_token_len {length}: {text!r}", stacklevel=4)
+        if max(ids) >= self.config.vocab_size:  # a tokenizer.json may number its pieces as it likes
+            raise ValueError(
+                f"tokenizer {self.tokenizer.path} numbers a piece {max(ids)}, "
+                f"the policy takes {self.config.vocab_size}; use the policy's tokenizer"
+            )
         ids = ids[:length]
         tokens = torch.tensor(ids + [0] * (length - len(ids)), device=self.device)
         return tokens, torch.arange(length, device=self.device) < len(ids)
@@ -276,12 +294,15 @@ class Processor:
             raise ValueError(
                 f"{name} has {x.shape[-1]} dimensions; expected {len(stats)}, as in the policy's statistics"
             )
+        # A dimension that never varied is measured in its own units: divided by 1e-6, as in openpi and lerobot, the first
+        # observation that differs by a hair would be thousands of deviations away. Its own value is the same in all three.
+        constant = torch.as_tensor(stats.constant(self.config.normalization), device=x.device)
         if self.config.normalization == "quantile":
             low, high = torch.as_tensor(stats.q01, device=x.device), torch.as_tensor(stats.q99, device=x.device)
-            x = (x - low) / (high - low + 1e-6) * 2 - 1
+            x = (x - low) / torch.where(constant, 2.0, high - low + 1e-6) * 2 - 1
         else:
             mean, std = torch.as_tensor(stats.mean, device=x.device), torch.as_tensor(stats.std, device=x.device)
-            x = (x - mean) / (std + 1e-6)
+            x = (x - mean) / torch.where(constant, 1.0, std + 1e-6)
         return F.pad(x, (0, width - len(stats)))
 
     def unnormalize_actions(
@@ -289,6 +310,7 @@ class Processor:
     ) -> np.ndarray | Tensor:
         """(..., H, A) -> (..., H, A_raw) in the environment's units; numpy gives numpy, a tensor gives a tensor.
 
+        A dimension that never varied keeps its value, whatever the policy says.
         state: (..., S_raw), not normalised, that the policy acted on, for a policy with `relative` actions.
         """
         stats = self.action_stats

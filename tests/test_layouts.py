@@ -1,6 +1,7 @@
 """Facts about checkpoints of other projects: key layouts, statistics, prompts, the hub, export, and what is refused."""
 
 import json
+import os
 import shutil
 
 import huggingface_hub
@@ -233,7 +234,8 @@ def test_padding_is_cut_from_statistics_and_unused_ones_may_be_absent(tmp_path):
     folder = write_openpi(tmp_path / "p", policy)
     changes = {"state": {"q01": None, "q99": None}, "actions": padded}
     (folder / STATS).write_text(stats_json(policy, **changes))
-    loaded = policies.load(folder, **UNSEEN, **REST)
+    with pytest.warns(UserWarning, match="statistics of actions are zero from dimension 4 on, which is taken for padding"):
+        loaded = policies.load(folder, **UNSEEN, **REST)
     assert len(loaded.processor.action_stats) == 4 and np.array_equal(act(loaded), act(policy))
     assert np.allclose(loaded.processor.state_stats.q99, state.mean + state.std)
 
@@ -266,7 +268,8 @@ def test_a_dimension_lerobot_never_saw_move_is_no_padding(tmp_path):
     policy = make_policy()
     still = {"mean": [1.0, 2.0, 0.0], "std": [1.0, 1.0, 0.0]}
     stats = {"observation.state": still, "action": policy.processor.action_stats.to_dict()}
-    assert len(policies.load(write_lerobot(tmp_path / "p", policy, stats=stats), **UNSEEN).processor.state_stats) == 3
+    with pytest.warns(UserWarning, match="state dimensions 2 never varied"):
+        assert len(policies.load(write_lerobot(tmp_path / "p", policy, stats=stats), **UNSEEN).processor.state_stats) == 3
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -275,7 +278,8 @@ def test_lerobot_modes_scale_as_they_say(kind, mode, tmp_path):
     policy = make_policy(kind)
     stats = {name: np.asarray(value) for name, value in policy.processor.action_stats.to_dict().items()}
     entry = {**{name: value.tolist() for name, value in stats.items()}, "min": [-9.0] * 4, "max": [7.0] * 4}
-    folder = write_lerobot(tmp_path / "p", policy, mode=mode, stats={"observation.state": entry, "action": entry})
+    state = {name: value[:3] for name, value in entry.items()}
+    folder = write_lerobot(tmp_path / "p", policy, mode=mode, stats={"observation.state": state, "action": entry})
     processor = policies.load(folder, **UNSEEN).processor
     x = np.random.default_rng(0).normal(-1, 2, (2, 3, 4))
     expected = {
@@ -298,6 +302,151 @@ def test_lerobot_relative_actions_and_unpadded_prompts_come_with_the_newer_pipel
     config["enabled"] = False
     processor = policies.load(write_lerobot(tmp_path / "p", policy, relative=step), **UNSEEN).processor
     assert processor.relative == () and not processor.pad_state_bins
+
+
+def edit(file, change) -> None:
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+RELATIVE = {"enabled": True, "exclude_joints": ["gripper"], "action_names": ["x", "y", "z", "gripper"]}
+
+
+def write_pipelines(folder):
+    """The steps that lerobot's own pipelines have."""
+    (normalizer,) = json.loads((folder / "policy_preprocessor.json").read_text())["steps"]
+    prompt = {"tokenizer_name": "google/paligemma-3b-pt-224", "max_length": 60, "padding_side": "right", "padding": "max_length"}
+    before = [
+        {"registry_name": "rename_observations_processor", "config": {"rename_map": {}}},
+        {"registry_name": "to_batch_processor", "config": {}},
+        {"registry_name": "pi0_new_line_processor", "config": {}},
+        {"registry_name": "tokenizer_processor", "config": prompt},
+        {"registry_name": "device_processor", "config": {"device": "cuda", "float_dtype": None}},
+        {"registry_name": "relative_actions_processor", "config": {**RELATIVE, "enabled": False}},
+        normalizer,
+    ]
+    after = [
+        {**normalizer, "registry_name": "unnormalizer_processor"},
+        {"registry_name": "absolute_actions_processor", "config": {"enabled": False}},
+    ]
+    for name, steps in (("pre", before), ("post", after)):
+        (folder / f"policy_{name}processor.json").write_text(json.dumps({"name": f"policy_{name}processor", "steps": steps}))
+
+
+def step(name, which="pre", **changes):
+    """Changes a step's configuration."""
+    def change(folder):
+        edit(folder / f"policy_{which}processor.json", lambda p: next(
+            s for s in p["steps"] if s["registry_name"] == f"{name}_processor")["config"].update(changes))
+    return change
+
+
+def config(**changes):
+    return lambda folder: edit(folder / "config.json", lambda c: c.update(changes))
+
+
+def steps(change, which="pre"):
+    return lambda folder: edit(folder / f"policy_{which}processor.json", lambda p: change(p["steps"]))
+
+
+MINE = {"registry_name": "my_rotation_processor", "config": {"degrees": 180}}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ([config(adapt_to_pi_aloha=True), steps(lambda s: s.append(MINE))], "aloha is True .*, step 'my_rotation_processor'"),
+        ([config(use_delta_joint_actions_aloha=True)], "use_delta_joint_actions_aloha is True"),
+        ([config(n_obs_steps=2)], "n_obs_steps is 2"),
+        ([config(image_resolution=[24, 48])], "pictures are fitted to .24, 48. .the vision tower takes 24"),
+        ([config(n_action_steps=4)], "n_action_steps is 4, more than chunk_size 3"),
+        ([config(chunk_size="3")], "chunk_size is '3'; expected an integer"),
+        ([step("normalizer", norm_map={"VISUAL": "MEAN_STD"})], "pictures are scaled by MEAN_STD"),
+        ([step("normalizer", norm_map={"ACTION": "CUBE"})], "norm_map.ACTION is 'CUBE'; expected 'IDENTITY', 'MEAN_STD'"),
+        ([step("unnormalizer", "post", norm_map={"ACTION": "MIN_MAX"})], "is scaled by MEAN_STD, but scaled back by MIN_MAX"),
+        ([step("relative_actions", enabled=True)], "relative actions are made and not undone"),
+        ([step("normalizer", normalize_observation_keys=["x"])], "normalize_observation_keys is .'x'.; expected None"),
+        ([step("tokenizer", padding_side="left")], "padding_side is 'left'; expected 'right'"),
+        ([steps(lambda s: s.reverse(), "post")], "the order of absolute_actions_processor, unnormalizer_processor"),
+        ([steps(lambda s: s.append(s[-1]))], "another step 'normalizer_processor'"),
+        ([steps(lambda s: s[-1].update(state_file="../stats.safetensors"))], "names '../stats.safetensors', outside its folder"),
+        ([steps(lambda s: s.insert(0, 7))], "steps.0 is 7; expected an object"),
+    ],
+)
+def test_what_would_change_observations_or_actions_in_lerobot_is_refused(changes, message, tmp_path):
+    folder = write_lerobot(tmp_path / "p", make_policy())
+    write_pipelines(folder)
+    for change in changes:
+        change(folder)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        policies.load(folder, **UNSEEN)
+    assert "\n" not in str(caught.value)
+
+
+def test_lerobots_own_settings_are_followed_or_told(tmp_path, recwarn):
+    folder = write_lerobot(tmp_path / "p", make_policy())
+    write_pipelines(folder)
+    config(
+        n_action_steps=2, adapt_to_pi_aloha=False, use_relative_actions=False, rtc_config={"enabled": False}, dtype="bfloat16",
+        optimizer_lr=1e-5, max_state_dim=5, max_action_dim=5, image_resolution=[24, 24], time_sampling_beta_alpha=1.5, tags=None,
+    )(folder)
+    loaded = policies.load(folder, **UNSEEN)
+    assert loaded.meta["execute"] == 2 and loaded.config.horizon == 3 and not recwarn
+    assert policies.load(folder, horizon=1, **UNSEEN).meta["execute"] == 1
+    config(
+        time_sampling_beta_alpha=2.0, rtc_config={"enabled": True}, mystery=1, use_relative_actions=True,
+        normalization_mapping={"VISUAL": "MEAN_STD", "STATE": "MEAN_STD", "ACTION": "MEAN_STD"},
+    )(folder)
+    step("tokenizer", max_length=40, tokenizer_name="some/bert")(folder)
+    edit(folder / "config.json", lambda c: c["input_features"].update({"observation.images.wrist": {"type": "VISUAL"}}))
+    edit(folder / "config.json", lambda c: c.update(input_features=dict(reversed(c["input_features"].items()))))
+    with pytest.warns(UserWarning) as told:
+        assert policies.load(folder, **UNSEEN).config.max_token_len == 40
+    (line,) = [str(warning.message) for warning in told]
+    for note in (
+        "rtc_config is not followed", "time_sampling_beta_alpha is not followed", "'mystery' is not known", "but the step's False",
+        "normalization_mapping says MEAN_STD for VISUAL, but the step's IDENTITY is followed", "tokenizer 'some/bert'",
+        "pictures are expected in the order observation.images.wrist, observation.images.left, observation.images.base",
+    ):
+        assert note in line, note
+
+
+def test_relative_actions_without_their_step_come_from_the_configuration(tmp_path):
+    folder = write_lerobot(tmp_path / "p", make_policy("pi05"))
+    config(use_relative_actions=True, relative_exclude_joints=["grip", ""], action_feature_names=RELATIVE["action_names"])(folder)
+    processor = policies.load(folder, **UNSEEN).processor
+    assert processor.relative == (0, 1, 2) and not processor.pad_state_bins
+
+
+def test_openpis_configuration_is_followed_or_told(tmp_path):
+    folder = write_openpi(tmp_path / "p", make_policy("pi05"))
+    content = dict(action_dim=5, action_horizon=4, max_token_len=50, discrete_state_input=False, pi05=True, precision="bfloat16")
+    (folder / "config.json").write_text(json.dumps({**content, "mystery": 1}))
+    with pytest.warns(UserWarning, match="'mystery' is not known"):
+        c = policies.load(folder, **UNSEEN).config
+    assert (c.horizon, c.max_token_len, c.discrete_state) == (4, 50, False)
+    for change, message in ((dict(pi05=False), "says pi05: False"), (dict(action_dim=6), "action_dim 6 instead of 5")):
+        (folder / "config.json").write_text(json.dumps({**content, **change}))
+        with pytest.raises(CheckpointError, match=message):
+            policies.load(folder, **UNSEEN)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_dimension_that_never_varied_is_named_and_blows_nothing_up(kind, tmp_path):
+    policy = make_policy(kind)
+    folder = write_openpi(tmp_path / "p", policy)
+    still = {name: [*value[:2], 0.5 if name != "std" else 0.0, *value[3:]] for name, value in
+             policy.processor.action_stats.to_dict().items()}
+    (folder / STATS).write_text(stats_json(policy, state={name: value[:3] for name, value in still.items()}, actions=still))
+    with pytest.warns(UserWarning, match="state dimensions 2 never varied in its data.*action dimensions 2 never varied"):
+        processor = policies.load(folder, **UNSEEN, **REST).processor
+    at_rest = {"pi0": 0.0, "pi05": -1.0}[kind]  # where openpi puts the value itself
+    state = processor.normalize_state(np.array([[0.0, 0.0, 0.5], [0.0, 0.0, 0.6]]))
+    assert state[:, 2] == pytest.approx([at_rest, at_rest + 0.1], abs=1e-6)
+    actions = processor.unnormalize_actions(torch.full((1, 3, 5), 9.0))
+    assert torch.allclose(actions[..., 2], torch.tensor(0.5), atol=1e-4) and actions.shape[-1] == 4
+    assert processor.normalize_actions(np.full((1, 1, 4), 0.6))[0, 0, 2] == pytest.approx(at_rest + 0.1, abs=1e-6)
 
 
 # -------------------------------------------------------------------- processor
@@ -491,9 +640,9 @@ def rewrite(folder, change) -> None:
             r"1 mis-shaped: .*layers.1.mlp.up_proj.weight \(2, 2\) instead of \(32, 16\)",
         ),
         (lambda f: (f / "config.json").write_text('{"type": "pi05"}'), "of type 'pi05', but the weights are those of pi0"),
-        (lambda f: (f / "config.json").write_text('{"input_features": 3}'), "not as openpi or lerobot write them"),
+        (lambda f: (f / "config.json").write_text('{"input_features": 3}'), "config.json: input_features is 3; expected an obj"),
         (lambda f: (f / "config.json").write_text("{"), "not readable JSON"),
-        (lambda f: (f / STATS).write_text('{"norm_stats": {}}'), "no statistics of 'state'"),
+        (lambda f: (f / STATS).write_text('{"norm_stats": {}}'), "norm_stats.json: lacks the entry state"),
         (
             lambda f: (f / STATS).write_text(stats_json(make_policy(), state={"std": None})),
             "state lacks std, by which pi0 policies are scaled",
@@ -507,6 +656,96 @@ def test_wrong_files_are_refused_in_one_line(damage, message, tmp_path):
     with pytest.raises(CheckpointError, match=message) as caught:
         policies.load(folder, **UNSEEN, **REST)
     assert "\n" not in str(caught.value)
+
+
+def pipe(file) -> None:
+    file.unlink(missing_ok=True)
+    os.mkfifo(file)
+
+
+def device(file) -> None:
+    file.unlink(missing_ok=True)
+    file.symlink_to("/dev/zero")
+
+
+def directory(file) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+def write_twice(file) -> None:
+    file.write_text(file.read_text().replace('"std":', '"mean": [9, 9, 9], "std":', 1))
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda f: pipe(f / "model.safetensors"), "model.safetensors cannot be read: it is no regular file"),
+        (lambda f: device(f / "model.safetensors"), "model.safetensors cannot be read: it is no regular file"),
+        (lambda f: directory(f / "model.safetensors"), "model.safetensors cannot be read: it is a folder"),
+        (lambda f: device(f / "tokenizer.model"), "tokenizer.model cannot be read: it is no regular file"),
+        (lambda f: pipe(f / "tokenizer.model"), "tokenizer.model cannot be read: it is no regular file"),
+        (lambda f: directory(f / "tokenizer.model"), "tokenizer.model cannot be read: it is a folder"),
+        (lambda f: (f / "tokenizer.model").write_bytes(b"x" * 300), "tokenizer.model.*expected a sentencepiece"),
+        (lambda f: pipe(f / "config.json"), "config.json cannot be read: it is no regular file"),
+        (lambda f: pipe(f / STATS), "norm_stats.json cannot be read: it is no regular file"),
+        (lambda f: (f / STATS).write_text("[" * 100_000), "norm_stats.json is nested too deep"),
+        (lambda f: (f / STATS).write_text(" " * (5 << 20)), "norm_stats.json has 5,242,880 bytes; expected at most"),
+        (lambda f: (f / STATS).write_text('{"a": ' + "9" * 5000 + "}"), "norm_stats.json is not readable JSON"),
+        (lambda f: (f / STATS).write_bytes(b'{"a": "\xff"}'), "norm_stats.json is not readable JSON"),
+        (lambda f: (f / STATS).write_text(json.dumps(dict.fromkeys(map(str, range(20_000))))), "an object has 20,000 names"),
+        (lambda f: write_twice(f / STATS), "norm_stats.json is not readable JSON .'mean' is there twice"),
+        (lambda f: (f / STATS).write_text(stats_json(make_policy(), state={"std": ["1"] * 3})), "std.0 is '1'; expected a num"),
+        (lambda f: (f / STATS).write_text(stats_json(make_policy(), state={"std": [10**400] * 3})), "expected a num|NaN, inf"),
+        (lambda f: (f / STATS).write_text(stats_json(make_policy(), state={"mean": [1e300] * 3})), "NaN, infinity"),
+        (lambda f: (f / STATS).write_text(stats_json(make_policy(), state={"q01": [99.0] * 3})), "a q01 above its q99"),
+        (lambda f: (f / "config.json").write_text('{"action_horizon": 1e3}'), "action_horizon is 1000.0; expected an integer"),
+        (lambda f: (f / "config.json").write_text('{"model": {"num_steps": 20000}}'), "num_steps is 20000; expected at most"),
+        (lambda f: (f / "config.json").write_text('{"model": {"vlm_depth": 1000000}}'), "is 1000000; expected at most 256"),
+        (lambda f: (f / "config.json").write_text('{"model": {"vlm_depth": 200}}'), "vlm_depth 200 instead of 2; use the"),
+        (lambda f: rewrite(f, lambda t: t.update({"model.state_proj.bias": t["state_proj.bias"] + 1})), "state_proj.bias already"),
+        (lambda f: rewrite(f, lambda t: t.update({"state_proj.bias": torch.ones(5).char()})), "as I8; expected one of"),
+        (lambda f: rewrite(f, lambda t: t.update({f"{EXPERT}model.layers.x\ny.a": torch.zeros(1)})), "layers.x y.a"),
+    ],
+)
+def test_damaged_files_are_refused_at_once_and_nothing_else_is_opened(damage, message, tmp_path):
+    folder = write_openpi(tmp_path / "p", make_policy())
+    damage(folder)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        policies.load(folder, **UNSEEN, **REST)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("weight_map, message", [
+    ({"a": "../model.safetensors"}, "names '../model.safetensors', outside its folder"),
+    ({"a": 3}, "weight_map.a is 3; expected text"),
+    ([], "weight_map is .*; expected an object"),
+])
+def test_shards_stay_in_their_folder(weight_map, message, tmp_path):
+    folder = write_openpi(tmp_path / "p", make_policy())
+    (folder / "model.safetensors").rename(tmp_path / "model.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match=message):
+        policies.load(folder, **UNSEEN, **REST)
+
+
+def test_a_trainings_folder_is_told_where_its_policy_is(tmp_path, monkeypatch):
+    train = tmp_path / "outputs" / "train" / "x"
+    newest = write_lerobot(train / "checkpoints" / "000200" / "pretrained_model", make_policy())
+    shutil.copytree(newest.parent, train / "checkpoints" / "000100")
+    for folder in (train, train / "checkpoints", newest.parent):
+        with pytest.raises(CheckpointError, match="is a training's folder; its policy is .*/000200/pretrained_model$"):
+            policies.load(folder)
+    (train / "checkpoints" / "last").symlink_to("000100")
+    for folder in (train, train / "checkpoints"):
+        with pytest.raises(CheckpointError, match="its policy is .*/last/pretrained_model$"):
+            policies.load(folder)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(policies.layouts, "snapshot_download", lambda *args, **options: pytest.fail("the network was tried"))
+    with pytest.raises(CheckpointError, match="'outputs/y' is neither a folder nor a bundled name .outputs holds train.; give"):
+        policies.load("outputs/y")
+    with pytest.raises(CheckpointError, match="'runs/y' is neither a folder"):
+        policies.load("runs/y")
 
 
 @pytest.mark.parametrize("kind, other", [TYPES, TYPES[::-1]])
