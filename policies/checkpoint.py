@@ -235,7 +235,7 @@ def find(path_or_name: str | Path) -> Path:
     if not os.path.lexists(folder) and layouts.is_hub_id(name):
         return layouts.fetch(name)
     kind = "is a file" if os.path.lexists(folder) else "is neither a folder nor a bundled name"
-    if os.path.isdir(folder.parent) and folder.parent != Path():
+    if not os.path.lexists(folder) and os.path.isdir(folder.parent) and folder.parent != Path():
         kind += f" ({folder.parent} holds {listing(sorted(os.listdir(folder.parent))) or 'nothing'})"
     raise CheckpointError(
         f"checkpoint {name!r} {kind}; give a checkpoint's folder, a hub id org/name, or one of: {', '.join(bundled()) or 'none'}"

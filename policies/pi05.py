@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass as checked
 from torch import Tensor, nn
 
 from pi_stepnft.policies.gemma import Gemma
-from pi_stepnft.policies.pi0 import Pi0, Pi0Config, Prefix, time_embedding
+from pi_stepnft.policies.pi0 import Many, Pi0, Pi0Config, Prefix, time_embedding
 
 
 @checked(frozen=True, config=ConfigDict(strict=True))
@@ -24,7 +24,7 @@ class Pi05Config(Pi0Config):
     normalization = "quantile"
     """statistics that scale states and actions (see policies.processor)"""
 
-    max_token_len: int = 200
+    max_token_len: Many = 200
     """prompt length in tokens, the state's included, padded on the right"""
     discrete_state: bool = True
     """whether the prompt carries the state as text; the published LIBERO policy turns it off (and has horizon 10), so it

@@ -1,5 +1,6 @@
 """Facts about checkpoints of other projects: key layouts, statistics, prompts, the hub, export, and what is refused."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -714,6 +715,15 @@ def test_damaged_files_are_refused_at_once_and_nothing_else_is_opened(damage, me
     with pytest.raises(CheckpointError, match=message) as caught:
         policies.load(folder, **UNSEEN, **REST)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_every_size_has_a_range(kind):
+    config = CLASSES[kind][1]
+    for name in {field.name for field in dataclasses.fields(config)} - {"discrete_state"}:
+        for value in (-1, 10**12, True, "8", None, [8], float("nan")):
+            with pytest.raises(ValueError, match=f"{name} is .*; expected"):
+                config.tiny(**{name: value})
 
 
 @pytest.mark.parametrize("weight_map, message", [
