@@ -422,7 +422,7 @@ def _frames(file: Path) -> Iterator[tuple[float, np.ndarray]]:
             if process.wait() or kind:
                 end = os.pread(log.fileno(), 1 << 16, max(0, os.fstat(log.fileno()).st_size - (1 << 16)))
                 lines = [line for line in end.decode(errors="replace").splitlines() if "rror" in line or "nvalid" in line]
-                reason = re.sub(r"^(\[[^]]*\] ?)+", "", lines[-1]) if lines else f"ffmpeg ended with {process.returncode}"
+                reason = re.sub(r"^(\[[^]]*\] ?)+", "", lines[0]) if lines else f"ffmpeg ended with {process.returncode}"
                 raise EnvError(f"{file} cannot be decoded: {reason}")
         finally:
             process.kill()
