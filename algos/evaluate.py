@@ -27,7 +27,7 @@ import tyro
 from tqdm import tqdm
 
 from pi_stepnft import envs, harness, policies
-from pi_stepnft.harness import Batch, Count, CountOrZero, RunError, Seed, SizeOrZero, charts, checkpoints, films, report
+from pi_stepnft.harness import Batch, Count, CountOrZero, RunError, Seed, SizeOrZero, Text, charts, checkpoints, films, report
 from pi_stepnft.harness.args import typed
 from pi_stepnft.harness.evaluation import Evaluation, evaluate
 from pi_stepnft.harness.statistics import over_seeds, summarise
@@ -43,7 +43,7 @@ class Args:
     labels: tuple[str, ...] = ()
     """what the checkpoints are called in the report, one name each; default: by their folders. Checkpoints of the same name are
     several trainings of an algorithm: the report shows their mean too, in whose interval training is a part of the chance"""
-    env_id: str | None = None
+    env_id: Text | None = None
     """ManiSkill task, LIBERO suite or one of its tasks; default: the one that the checkpoints were trained on"""
     obs_mode: Literal["rgb", "state"] | None = None
     """default: the checkpoints'"""
@@ -60,7 +60,7 @@ class Args:
     """actions executed of each predicted chunk; 0: as in each checkpoint"""
     num_steps: SizeOrZero = 0
     """solver steps; 0: as in each checkpoint"""
-    output: str | None = None
+    output: Text | None = None
     """folder of the results; default: runs/eval-<task>-<mode>-<digest of the checkpoints>. What it holds already is not repeated"""
 
     # videos

@@ -30,14 +30,14 @@ from tqdm import tqdm
 
 from pi_stepnft import envs, harness, policies
 from pi_stepnft.envs import demos
-from pi_stepnft.harness import Batch, Count, Positive, PositiveOrZero, Size
+from pi_stepnft.harness import Batch, Count, Positive, PositiveOrZero, Size, Text
 
 
 @dataclass
 class Args(harness.TaskArgs):
     policy: Literal["pi0", "pi05"] = "pi0"
     """π0 (rgb only) or π0.5, which also learns to read its state (in state mode that alone)"""
-    output: str = "runs/pretrained"
+    output: Text = "runs/pretrained"
     """checkpoint folder to write"""
 
     # rgb: scenes
@@ -45,7 +45,7 @@ class Args(harness.TaskArgs):
     """rgb: episodes of the task's scripted expert that are rendered (about 25 pictures each); the last 5 % are held out"""
     noise: PositiveOrZero = 0.6
     """rgb: noise on the expert's executed translation, relative to it: variety of scenes"""
-    dataset: str | None = None
+    dataset: Text | None = None
     """rgb: file with the rendered scenes; by default one in demos/ named after these options, rendered if it is not there"""
     image_size: Size = 96
     """side of the camera image, px"""

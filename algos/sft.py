@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from pi_stepnft import harness, policies
 from pi_stepnft.envs import datasets, demos
-from pi_stepnft.harness import Batch, Count, CountOrZero, Positive, PositiveOrZero, Size
+from pi_stepnft.harness import Batch, Count, CountOrZero, Positive, PositiveOrZero, Size, Text
 from pi_stepnft.harness.evaluation import evaluate
 from pi_stepnft.harness.films import record
 
@@ -31,9 +31,9 @@ from pi_stepnft.harness.films import record
 class Args(harness.TrainArgs):
     policy: Literal["pi0", "pi05"] | None = None
     """π0 or π0.5; default: what --base is, otherwise π0"""
-    base: str | None = None
+    base: Text | None = None
     """checkpoint to start from, e.g. one that can see and read (algos/pretrain.py); default: random weights, tiny sizes"""
-    output: str | None = None
+    output: Text | None = None
     """checkpoint folder to write; by default runs/<run name>/policy"""
 
     # demonstrations
@@ -41,7 +41,7 @@ class Args(harness.TrainArgs):
     """number of demonstrations (few-shot), of the task's scripted expert"""
     demo_noise: PositiveOrZero = 0.5
     """noise on the demonstrator's executed translation, relative to it; the recorded action is the clean one"""
-    dataset: str | None = None
+    dataset: Text | None = None
     """demonstrations to read instead of collecting some: this project's file, LIBERO's or ManiSkill's HDF5, or the folder of a
     LeRobot dataset; all of them, whatever --demos says"""
     cameras: tuple[str, ...] = ()

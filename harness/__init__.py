@@ -16,6 +16,7 @@ from pi_stepnft.harness.args import (
     Size,
     SizeOrZero,
     TaskArgs,
+    Text,
     TrainArgs,
     check,
     env_options,
@@ -42,8 +43,8 @@ from pi_stepnft.harness.run import (
 from pi_stepnft.harness.storage import Prefixes, Rows, memory_gb
 
 __all__ = [
-    "Averages", "Batch", "Count", "CountOrZero", "Positive", "PositiveOrZero", "Prefixes", "RLArgs", "Rows", "Run", "RunError",
-    "Seed", "Share", "Size", "SizeOrZero", "TaskArgs", "TrainArgs", "adapt", "check", "check_fit", "check_task", "choose_device",
-    "command", "command_line", "commit", "env_options", "make_envs", "memory_gb", "one_line_errors", "open_logs", "parse",
-    "run_name", "set_up", "slug", "task_name",
+    "Averages", "Batch", "Count", "CountOrZero", "Positive", "PositiveOrZero", "Prefixes", "RLArgs", "Rows", "Run",
+    "RunError", "Seed", "Share", "Size", "SizeOrZero", "TaskArgs", "Text", "TrainArgs", "adapt", "check", "check_fit",
+    "check_task", "choose_device", "command", "command_line", "commit", "env_options", "make_envs",
+    "memory_gb", "one_line_errors", "open_logs", "parse", "run_name", "set_up", "slug", "task_name",
 ]

@@ -156,8 +156,8 @@ def check(args: Any) -> None:
     if getattr(args, "num_envs", group_size) % group_size:
         raise RunError(f"--num-envs {args.num_envs} must be a multiple of --group-size {group_size}")
     episodes = max(getattr(args, name, 0) for name in ("episodes", "eval_episodes", "final_eval_episodes"))
-    if getattr(args, "eval_seed", 0) + episodes > 2**32:
-        raise RunError(f"--eval-seed {args.eval_seed} leaves no {episodes} seeds below 2^32")
+    if getattr(args, "eval_seed", 0) + episodes > 2**32 - 10**5:  # the tasks of a suite count from each other's thousands on
+        raise RunError(f"--eval-seed {args.eval_seed} leaves too few seeds below 2^32 for {episodes} episodes")
     output = Path(getattr(args, "output", None) or "runs")
     there = next(path for path in (output, *output.absolute().parents) if path.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
@@ -201,6 +201,8 @@ def parse(Args: type[A], description: str, presets: dict[str, dict] | None = Non
         options["default"] = replace(Args(), **presets.get("".join(given().get("--paper", ())), {}))
     told = io.StringIO()
     try:
+        if odd := [word for word in sys.argv[1:] if not word.isprintable()]:
+            raise RunError(f"{odd[0]!r} holds characters that cannot be printed")
         with contextlib.redirect_stderr(told):
             args = tyro.cli(Args, description=description, args=[*switched(Args)], **options)
         args = expanded(args)

@@ -490,6 +490,6 @@ def one_line_errors(hint: str = "") -> Iterator[None]:
     try:
         yield
     except (RunError, envs.EnvError, policies.CheckpointError, OSError) as error:  # OSError: a full disk, a folder that is not ours
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {' '.join(str(error).splitlines())}")
     except KeyboardInterrupt as error:
         sys.exit("; ".join(["interrupted", *map(str, error.args), *([hint] if hint else [])]))

@@ -62,6 +62,8 @@ WORDS = [
     ("stepnft_pi0", "--paper", "--paper must be 'maniskill' or 'libero', and nothing is given"),
     ("stepnft_pi0", "--paper cvpr", "--paper must be 'maniskill' or 'libero', got 'cvpr'"),
     ("stepnft_pi0", "stray", "Unrecognized options: stray"),
+    ("stepnft_pi0", "--two\u00adlines", "'--two\\xadlines' holds characters that cannot be printed"),
+    ("stepnft_pi0", "--env-id \udcff", "'\\udcff' holds characters that cannot be printed"),
     ("stepnft_pi0", "-n 3", "Unrecognized options: -n, 3"),
     ("stepnft_pi0", "--env-id=", "--env-id must be text that is not empty"),
     ("stepnft_pi0", "--checkpoint=", "--checkpoint must be text that is not empty"),
@@ -85,7 +87,7 @@ WORDS = [
 
 RANGES = [
     ("stepnft_pi0", "--seed 9223372036854775808", "--seed must be less than 4294967296"),
-    ("stepnft_pi0", "--eval-seed 4294967295", "--eval-seed 4294967295 leaves no 512 seeds below 2^32"),
+    ("stepnft_pi0", "--eval-seed 4294967295", "--eval-seed 4294967295 leaves too few seeds below 2^32 for 512 episodes"),
     ("stepnft_pi0", "--num-threads 100000", "--num-threads must be at most 1024"),
     ("stepnft_pi0", "--num-envs 0", "--num-envs must be at least 1, got 0"),
     ("stepnft_pi0", "--lora-rank 100000000", "--lora-rank must be at most 1024"),
@@ -134,7 +136,7 @@ RANGES = [
     ("evaluate", "state --video-episodes -1", "--video-episodes must be at least 0"),
     ("evaluate", "state --render-best-of -1", "--render-best-of must be at least 0"),
     ("evaluate", "state --eval-seed 4294967296", "--eval-seed must be less than 4294967296"),
-    ("evaluate", "state --eval-seed 4294967295", "--eval-seed 4294967295 leaves no 100 seeds below 2^32"),
+    ("evaluate", "state --eval-seed 4294967295", "--eval-seed 4294967295 leaves too few seeds below 2^32 for 100 episodes"),
     ("evaluate", "state --device gpu", "--device must be 'auto', 'cpu' or 'cuda', got 'gpu'"),
     ("evaluate", "state --num-threads 100000", "--num-threads must be at most 1024"),
     ("compare", "--seeds 1 -1", "--seeds must be at least 0, got -1"),
@@ -182,6 +184,8 @@ FILES = [
     ("stepnft_pi0", "--obs-mode state --checkpoint pi0-tiny-stackcube-state", "48 state dimensions, PickCube-v1 has 42"),
     ("stepnft_pi0", "--obs-mode state --checkpoint other", "other takes 35 state dimensions, PickCube-v1 has 42: use its policy"),
     ("stepnft_pi0", "--obs-mode state --checkpoint libero", "was trained on libero_10, in another simulator than PickCube-v1"),
+    ("stepnft_pi0", "--obs-mode state --checkpoint meta", "meta/config.json: meta.execute is 'five'; expected an integer"),
+    ("stepnft_pi0", "--resume begun", "begun holds no checkpoint to go on with: there is none"),
     ("stepnft_pi0", "--resume run/policy", "--resume run/policy: the run's folder is run"),
     ("stepnft_pi0", "--resume state", "state/args.json cannot be read"),
     ("stepnft_pi0", "--resume odd", "odd/args.json is not of this program and version: unknown no_such_option"),
@@ -195,6 +199,7 @@ FILES = [
     ("sft", "--dataset stackcube.h5 --eval-episodes 0", "StackCube-v1"),
     ("sft", "--dataset pickcube.h5 --eval-episodes 0 --base rgb", "50 state dimensions, --base rgb has room for 48"),
     ("sft", "--dataset state/config.json --eval-episodes 0", "state/config.json"),
+    ("sft", "--base=", "--base must be text that is not empty"),
     ("sft", "--output state/config.json/x", "nothing can be written to state/config.json/x: "),
     ("pretrain", "--dataset typo.h5", "no demonstration file at typo.h5"),
     ("pretrain", "--dataset stackcube.h5", "StackCube-v1"),
@@ -202,6 +207,7 @@ FILES = [
     ("evaluate", "nowhere", "'nowhere' is neither a folder nor a bundled name"),
     ("evaluate", "~/nowhere-at-all", f"'{Path.home()}/nowhere-at-all' is neither a folder nor a bundled name"),
     ("evaluate", "run", "run is a training's folder; its policy is run/policy"),
+    ("evaluate", "meta", "meta/config.json: meta.execute is 'five'; expected an integer"),
     ("evaluate", "cut", "model.safetensors is not a complete safetensors file"),
     ("evaluate", "state --execute 99", "--execute 99 is longer than the 8 actions"),
     ("evaluate", "taskless", "taskless does not say what task it was trained on: add --env-id"),
@@ -297,7 +303,8 @@ def folder(tmp_path_factory) -> Path:
     os.truncate(copied("cut") / "model.safetensors", 5000)
     (copied("broken") / "config.json").write_text("{")
     config = json.loads((folder / "state" / "config.json").read_text())
-    for name, meta in dict(pushcube=dict(env_id="PushCube-v1"), taskless={}, libero=dict(env_id="libero_10")).items():
+    metas = dict(pushcube=dict(env_id="PushCube-v1"), taskless={}, libero=dict(env_id="libero_10"), meta=dict(execute="five"))
+    for name, meta in metas.items():
         (copied(name) / "config.json").write_text(json.dumps(config | dict(meta=meta | dict(obs_mode="state"))))
     copied("curve/policy")
     (folder / "curve" / "result.json").write_text(json.dumps(dict(curve=[POINT | dict(success=2.0)])))
@@ -305,8 +312,9 @@ def folder(tmp_path_factory) -> Path:
     (folder / "odd").mkdir()
     (folder / "odd" / "args.json").write_text('{"no_such_option": 1}')
     policy = policies.load(folder / "state")
-    (folder / "run").mkdir()
-    (folder / "run" / "args.json").write_text(json.dumps(ARGS))
+    for name in ("run", "begun"):
+        (folder / name).mkdir()
+        (folder / name / "args.json").write_text(json.dumps(ARGS))
     trained, optimizer = dict(policy=policy, rollout_policy=policy), torch.optim.Adam(policy.parameters())
     checkpoints.save(folder / "run", trained, optimizer, np.random.default_rng(0), STATE["progress"], {})
 
