@@ -32,8 +32,9 @@ from pi_stepnft.policies.weights import (
 )
 
 Mode = Literal["IDENTITY", "MEAN_STD", "QUANTILES", "QUANTILE10", "MIN_MAX"]
-Modes = dict[str, Mode]
-"""how features of a type (VISUAL, STATE, ACTION) are scaled; lerobot leaves a type that is not there as it is"""
+FeatureType = Literal["STATE", "VISUAL", "ENV", "ACTION", "REWARD", "LANGUAGE"]
+Modes = dict[FeatureType, Mode]
+"""how features of a type are scaled; lerobot leaves a type that is not there as it is"""
 
 Names = Annotated[list[str], Field(fail_fast=True)] | None
 
@@ -41,7 +42,7 @@ Names = Annotated[list[str], Field(fail_fast=True)] | None
 class Feature(Declared):
     """One of input_features or output_features."""
 
-    type: str
+    type: FeatureType
     shape: Annotated[list[Annotated[int, Field(ge=0, le=1 << 20)]], Field(fail_fast=True)] = []
 
 

@@ -108,7 +108,8 @@ class Tokenizer:
             else:
                 self._model = sentencepiece.SentencePieceProcessor(model_proto=self.serialized)
                 self._size, self._bos = self._model.get_piece_size(), self._model.bos_id()
-        except (OSError, RuntimeError, ValueError) as error:
+            self._pieces("pick up the cube\n")  # some damage shows only here
+        except Exception as error:  # tokenizers raises nothing narrower
             raise ValueError(
                 f"tokenizer {path}: {error}; expected a sentencepiece .model or a tokenizer.json file"
             ) from None

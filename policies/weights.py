@@ -87,14 +87,14 @@ class Weights:
     """
 
     def __init__(self, files: list[Path]):
-        """Raises CheckpointError if a file is no complete safetensors file or holds LoRA factors."""
+        """Raises CheckpointError if a file is no complete safetensors file or holds quantised, doubled or LoRA weights."""
         self.files = files
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.extras: dict[str, Path] = {}
         self._stored: dict[str, tuple[Path, str]] = {}
         for path in files:
             try:
-                with safe_open(path, "pt") as file:
+                with safe_open(regular(path), "pt") as file:
                     for stored in file.keys():
                         described = file.get_slice(stored)
                         self._add(path, stored, tuple(described.get_shape()), described.get_dtype())
@@ -147,7 +147,7 @@ def weight_files(folder: Path) -> list[Path]:
     Raises CheckpointError if there is none, with a word on what is there instead.
     """
     if os.path.lexists(folder / "model.safetensors"):
-        return [regular(folder / "model.safetensors")]
+        return [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
     if os.path.lexists(index):
         shards = sorted(set(read(Index, index).weight_map.values()))

@@ -362,6 +362,8 @@ MINE = {"registry_name": "my_rotation_processor", "config": {"degrees": 180}}
         ([config(n_obs_steps=2)], "n_obs_steps is 2"),
         ([config(image_resolution=[24, 48])], "pictures are fitted to .24, 48. .the vision tower takes 24"),
         ([config(n_action_steps=4)], "n_action_steps is 4, more than chunk_size 3"),
+        ([step("normalizer", norm_map={"state": "MEAN_STD"})], "norm_map.state.* is 'state'; expected 'STATE'"),
+        ([config(output_features={"action": {"type": "FORCE", "shape": [4]}})], "action.type is 'FORCE'; expected 'STATE'"),
         ([config(chunk_size="3")], "chunk_size is '3'; expected an integer"),
         ([step("normalizer", norm_map={"VISUAL": "MEAN_STD"})], "pictures are scaled by MEAN_STD"),
         ([step("normalizer", norm_map={"ACTION": "CUBE"})], "norm_map.ACTION is 'CUBE'; expected 'IDENTITY', 'MEAN_STD'"),
@@ -527,6 +529,9 @@ def test_tokenizer_json_beside_the_weights_or_given(tmp_path):
     assert given.processor.tokenizer.encode("pick the cube") == Tokenizer().encode("pick the cube")
     policies.save(loaded, tmp_path / "ours")
     assert policies.load(tmp_path / "ours").processor.tokenizer.encode("the cube") == [2, 5, 8, 6, 7]
+    edit(folder / "tokenizer.json", lambda t: t["model"].update(unk_token="gone"))
+    with pytest.raises(CheckpointError, match="tokenizer.json: .*UNK.*expected a sentencepiece .model or a tokenizer.json"):
+        policies.load(folder, **UNSEEN, **REST)
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match="tokenizer.json: .*expected a sentencepiece .model or a tokenizer.json"):
         policies.load(folder, **UNSEEN, **REST)
