@@ -122,12 +122,14 @@ def _maniskill(opened: h5py.File, file: Path, cameras: Sequence[str] | None) -> 
               f"-o rgb{f' -c {replayed}' if replayed else ''} --save-traj")
     attrs = dict(env_id=env_id) | ({"control_mode": mode} if mode else {})
     trajectories, told = reading.numbered(opened, "traj_"), {}
-    with reading.naming(f"{sidecar}: episodes"):
-        if "episodes" in described:
-            told = {f"traj_{row['episode_id']}": row for row in described["episodes"]}
-            if told.keys() != set(trajectories) or len(told) != len(described["episodes"]):
-                raise EnvError(f"{sidecar} describes {len(described['episodes'])} episodes, not the {len(trajectories)} of "
-                               f"{file.name}: one of the two is incomplete")
+    if (listed := reading.entry(described, "episodes", list, sidecar, None)) is not None:
+        for row in listed:
+            if not isinstance(row, dict):
+                raise EnvError(f"{sidecar}: episodes must be JSON objects, not {row!r:.40}")
+            told[f"traj_{reading.entry(row, 'episode_id', int, f'{sidecar}: episodes')}"] = row
+        if told.keys() != set(trajectories) or len(told) != len(listed):
+            raise EnvError(f"{sidecar} describes {len(listed)} episodes, not the {len(trajectories)} of {file.name}: one of the "
+                           "two is incomplete")
     for name in trajectories:
         trajectory, row = reading.member(opened, name), told.get(name, {})
         action = reading.array(trajectory, "actions", advice)
@@ -278,8 +280,10 @@ def _lerobot_tasks(folder: Path) -> dict[int, str]:
 
     if (file := folder / "meta" / "tasks.jsonl").exists():
         with reading.naming(file):
-            lines = filter(str.strip, reading.regular(file).read_text().splitlines())
-            tasks = {row["task_index"]: row["task"] for row in map(json.loads, lines)}
+            rows = [json.loads(line) for line in reading.regular(file).read_text().splitlines() if line.strip()]
+            if not all(isinstance(row, dict) for row in rows):
+                raise EnvError(f"{file}: each line must be a JSON object")
+            tasks = {row["task_index"]: row["task"] for row in rows}
     elif (file := folder / "meta" / "tasks.parquet").exists():
         with reading.naming(file):
             columns = pq.read_table(file).to_pydict() if _rows(file) else {"task_index": []}
@@ -309,7 +313,7 @@ def _places(folder: Path) -> dict[int, dict]:
 
 def _picture(cell: dict | None, folder: Path) -> np.ndarray:
     """A PNG or JPEG inside a parquet cell, or the file it names."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     reading.alive()
     if not cell or not (cell.get("bytes") or cell.get("path")):
@@ -318,7 +322,11 @@ def _picture(cell: dict | None, folder: Path) -> np.ndarray:
         source = io.BytesIO(cell["bytes"])
     else:
         source = reading.regular(reading.inside(folder, cell["path"], "the path of a picture"))
-    with Image.open(source, formats=("PNG", "JPEG", "WEBP")) as picture:
+    try:
+        opened = Image.open(source, formats=("PNG", "JPEG", "WEBP"))
+    except UnidentifiedImageError:
+        raise ValueError("a picture is neither PNG, JPEG nor WebP") from None
+    with opened as picture:
         if picture.width * picture.height > reading.MAX_PIXELS:
             raise ValueError(f"a picture claims {picture.width} x {picture.height} pixels")
         return np.asarray(picture.convert("RGB"))

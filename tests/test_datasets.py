@@ -457,9 +457,9 @@ def endless(path: Path) -> None:
         ("image", lambda d: edit_json(d / INFO, total_frames=True), "total_frames must be int, not True"),
         ("video", lambda d: edit_json(d / INFO, fps="10"), "fps must be int or float, not '10'"),
         ("video", lambda d: edit_json(d / INFO, fps=0), "fps must be greater than 0, not 0"),
-        ("image", lambda d: (d / "meta/tasks.jsonl").write_text("[1]"), "tasks.jsonl cannot be read"),
+        ("image", lambda d: (d / "meta/tasks.jsonl").write_text("[1]"), "tasks.jsonl: each line must be a JSON object"),
         ("image", lambda d: (d / INFO).write_text("[" * 10**5), "info.json cannot be read"),
-        ("maniskill", lambda f: edit_json(f.with_suffix(".json"), episodes=3), "t.json: episodes cannot be read"),
+        ("maniskill", lambda f: edit_json(f.with_suffix(".json"), episodes=3), "t.json: episodes must be list, not 3"),
         ("libero", lambda f: put(f, "data/demo_0/actions", "text"), "demo_0/actions is not an array of numbers"),
         ("libero", lambda f: put(f, "data/demo_0", 1.0), "/data/demo_0 is not a group"),
         # more than is there
