@@ -81,6 +81,8 @@ def main(args: Args) -> None:
     if rgb and (args.dataset or os.path.exists(path)):
         data = demos.read(path, env_id=args.env_id, obs_mode="rgb")
     else:
+        if rgb:
+            envs.simulator(args.env_id).expert(args.env_id)  # who has none is told before the simulators start
         venv = harness.make_envs(args, num_envs=envs.num_cores() if rgb else 1, image_size=args.image_size, backend="cpu")
         instruction, state_dim = venv.instruction, venv.single_observation_space["state"].shape[0]
         if rgb:  # seeds of their own: few-shot demonstrations come from other episodes

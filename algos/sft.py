@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from pi_stepnft import harness, policies
+from pi_stepnft import envs, harness, policies
 from pi_stepnft.envs import datasets, demos
 from pi_stepnft.harness import Batch, Count, CountOrZero, Positive, PositiveOrZero, Size, Text
 from pi_stepnft.harness.evaluation import evaluate
@@ -114,10 +114,12 @@ def main(args: Args) -> None:
         )
         if data.failed:
             print(f"{args.dataset}: {data.failed} episodes are left out, which it marks as failures")
-    if args.eval_episodes:  # the scripted experts' back end
-        venv = harness.make_envs(args, num_envs=args.num_envs, image_size=image_size, chunk=args.execute, backend="cpu")
     size = f"{image_size}px-" if args.obs_mode == "rgb" else ""
     path = f"demos/{harness.task_name(args)}-{args.obs_mode}-{size}{args.demos}-noise{args.demo_noise}.h5"
+    if not (data or os.path.exists(path)):
+        envs.simulator(args.env_id).expert(args.env_id)  # who has none is told before the simulators start
+    if args.eval_episodes:  # the scripted experts' back end
+        venv = harness.make_envs(args, num_envs=args.num_envs, image_size=image_size, chunk=args.execute, backend="cpu")
     if not data and os.path.exists(path):
         data = demos.read(path, env_id=args.env_id, obs_mode=args.obs_mode)
     elif not data:

@@ -89,6 +89,7 @@ class ManiSkill(base.Simulator):
         return tasks.instruction(env_id)
 
     def expert(self, env_id: str) -> None:
+        tasks.check(env_id)
         experts.make(env_id)
 
     def task_of(self, env_id: str) -> str:
