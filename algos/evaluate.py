@@ -29,7 +29,7 @@ from tqdm import tqdm
 from pi_stepnft import envs, harness, policies
 from pi_stepnft.harness import Batch, Count, CountOrZero, RunError, Seed, SizeOrZero, Text, charts, checkpoints, films, report
 from pi_stepnft.harness.args import typed
-from pi_stepnft.harness.evaluation import Evaluation, evaluate
+from pi_stepnft.harness.evaluation import Evaluation, by_ode, evaluate
 from pi_stepnft.harness.statistics import over_seeds, summarise
 
 
@@ -148,11 +148,10 @@ def agree(what: str, values: dict[str, Any], hint: str = "") -> Any:
 
 
 def play(venv, contestant: Contestant, episodes: int, seed: int, bar: tqdm) -> dict[str, np.ndarray]:
-    """Success, steps and actions of the episodes, as a training run evaluates: by the ODE, with the same noise every time."""
+    """Success, steps and actions of the episodes, as a training run evaluates."""
     bar.set_postfix_str(f"{contestant.label}, {venv.spec.env_id}")
-    generator = torch.Generator(next(contestant.policy.parameters()).device).manual_seed(0)
-    act = lambda obs, text: contestant.policy.act(obs, text, contestant.num_steps, generator)
-    result = evaluate(venv, act, episodes, execute=contestant.execute, seed=seed, progress=bar, remember=True)
+    act = by_ode(contestant.policy, contestant.num_steps)
+    result = evaluate(venv, act, episodes, execute=contestant.execute, seed=seed, progress=bar)
     return dict(success=result.success, steps=result.steps, actions=result.actions)
 
 

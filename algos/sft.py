@@ -23,7 +23,7 @@ from tqdm import tqdm
 from pi_stepnft import envs, harness, policies
 from pi_stepnft.envs import datasets, demos
 from pi_stepnft.harness import Batch, Count, CountOrZero, Positive, PositiveOrZero, Size, Text
-from pi_stepnft.harness.evaluation import evaluate
+from pi_stepnft.harness.evaluation import by_ode, evaluate
 from pi_stepnft.harness.films import record
 
 
@@ -203,17 +203,13 @@ def main(args: Args) -> None:
 
     # Evaluation on held-out seeds
     if venv:
-        generator = torch.Generator(device).manual_seed(args.seed)
-
-        def act(obs: dict, instructions: list[str]) -> np.ndarray:
-            return policy.act(obs, instructions, args.num_steps, generator)
-
+        act = by_ode(policy, args.num_steps)
         result = evaluate(venv, act, args.eval_episodes, execute=args.execute, progress="evaluation")
         writer.add_scalar("eval/success", result.rate, args.steps)
         made |= dict(success=result.rate, interval=result.interval, episodes=args.eval_episodes)
         policies.save(policy, output)
         if args.video:
-            record(venv, act, f"videos/{name}.mp4", execute=args.execute)
+            record(venv, result, f"videos/{name}.mp4", f"{args.env_id}, after {args.steps} steps")
         venv.close()
         print(f"success {result}")
     writer.close()

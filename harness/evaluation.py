@@ -7,13 +7,28 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
+from pi_stepnft import policies
 from pi_stepnft.envs import EVAL_SEED, EnvError
 from pi_stepnft.harness.statistics import wilson
 
-Act = Callable[[dict[str, np.ndarray], list[str]], np.ndarray]
-"""obs {"image": (b, cameras, H, W, 3), "state": (b, S)}, b instructions → action chunks (b, n, A)."""
+Act = Callable[[dict[str, np.ndarray], list[str], np.ndarray], np.ndarray]
+"""obs {"image": (b, cameras, H, W, 3), "state": (b, S)}, b instructions, turns (b, 2) int: each episode's seed and how many chunks
+it has had → action chunks (b, n, A)."""
+
+
+def by_ode(policy: policies.Pi0, num_steps: int) -> Act:
+    """The policy without exploration. The noise that a chunk starts from follows from the episode's seed and the turn alone: it
+    is the same for every policy, and whatever other episodes are played beside it."""
+    shape, device = (policy.config.horizon, policy.config.action_dim), next(policy.parameters()).device
+
+    def act(obs: dict[str, np.ndarray], instructions: list[str], turns: np.ndarray) -> np.ndarray:
+        noise = np.stack([np.random.default_rng(turn).standard_normal(shape, np.float32) for turn in turns])
+        return policy.act(obs, instructions, num_steps, torch.from_numpy(noise).to(device))
+
+    return act
 
 
 @dataclass
@@ -23,9 +38,11 @@ class Evaluation:
     success: np.ndarray  # (E,) bool
     steps: np.ndarray  # (E,) int, control steps taken
     seeds: np.ndarray  # (E,)
-    actions: np.ndarray | None = None  # (E, limit, A) float32, zeros after an episode's end, where they were asked for
+    actions: np.ndarray | None = None  # (E, limit, A) float32, zeros after an episode's end
     repeated: int = 0
     """how often an episode was played again because its worker had died"""
+    broken: int = 0
+    """episodes that ended, as failures, with actions that were not finite numbers"""
 
     @property
     def rate(self) -> float:
@@ -49,14 +66,14 @@ LIVES = 3
 
 
 def evaluate(
-    venv, act: Act, episodes: int, *, execute: int, seed: int = EVAL_SEED, progress: str | tqdm = "", remember: bool = False
+    venv, act: Act, episodes: int, *, execute: int, seed: int = EVAL_SEED, progress: str | tqdm = ""
 ) -> Evaluation:
     """Success (once within the limit) of `act` over `episodes` episodes with seeds seed, seed + 1, …, in rounds of venv.num_envs.
 
     Where the environments have several tasks, task t counts its own seeds from seed + t·TASK_STRIDE on: in LIBERO, each begins with
     the first of its fixed initial states. An episode that is lost with its worker is played again, from its seed: only what was
     played to its end counts. execute: how many actions of each chunk are executed before the next observation. progress: label of a
-    progress bar, "" for none, or a bar to move. remember: keep the actions. Raises EnvError where workers die again and again.
+    progress bar, "" for none, or a bar to move. Raises EnvError where workers die again and again, or no action is a number.
     """
     B, tasks = venv.num_envs, list(dict.fromkeys(venv.tasks))
     place = np.array([tasks.index(task) * TASK_STRIDE + venv.tasks[:i].count(task) for i, task in enumerate(venv.tasks)])
@@ -64,7 +81,8 @@ def evaluate(
     number = np.arange(episodes)
     seeds = seed + place[number % B] + number // B * share[number % B]  # (E,)
     success, steps, begun = np.zeros(episodes, bool), np.zeros(episodes, int), np.zeros(episodes, int)
-    actions = np.zeros((episodes, venv.max_episode_steps, venv.action_dim), np.float32) if remember else None
+    actions = np.zeros((episodes, venv.max_episode_steps, venv.action_dim), np.float32)
+    broken = np.zeros(episodes, bool)
     waiting = [deque(range(slot, episodes, B)) for slot in range(B)]  # episodes that each environment has yet to play
     bar = progress if isinstance(progress, tqdm) else tqdm(total=episodes, desc=progress, leave=False, disable=not progress)
     while any(waiting):
@@ -72,30 +90,37 @@ def evaluate(
         playing = np.array([queue.popleft() if queue else 0 for queue in waiting])  # (B,) the episode of each
         begun[playing[running]] += 1
         obs, _ = venv.reset(seed=np.where(running, seeds[playing], seed), options={"reset_mask": running})
+        turn = 0
         while running.any():
             index = np.flatnonzero(running)
             chunk = np.zeros((B, execute, venv.action_dim), np.float32)
-            chunk[index] = act({k: v[index] for k, v in obs.items()}, [venv.instructions[i] for i in index])[:, :execute]
+            seen, told = {name: value[index] for name, value in obs.items()}, [venv.instructions[i] for i in index]
+            turns = np.stack([seeds[playing[index]], np.full(len(index), turn)], 1)
+            chunk[index] = act(seen, told, turns)[:, :execute]
+            turn += 1
+            bad = ~np.isfinite(chunk).all((1, 2))  # played again they would be no better
+            broken[playing[bad]] = True
+            chunk[bad] = 0
             obs, _, terminated, truncated, info = venv.step(chunk)
-            ended = running & (terminated | truncated)
+            ended = running & (terminated | truncated | bad)
             for slot in index:
                 episode, count = playing[slot], info["steps"][slot]
-                if remember:
-                    actions[episode, steps[episode] : steps[episode] + count] = chunk[slot, :count]
+                actions[episode, steps[episode] : steps[episode] + count] = chunk[slot, :count]
                 steps[episode] += count
-                success[episode] = info["success"][slot]
-                if info["lost"][slot]:
+                success[episode] = info["success"][slot] and not bad[slot]
+                if info["lost"][slot] and not bad[slot]:
                     if begun[episode] == LIVES:
                         raise EnvError(f"seed {seeds[episode]} lost its worker {LIVES} times: try fewer --num-envs")
                     waiting[slot].append(episode)
                     steps[episode], success[episode], ended[slot], running[slot] = 0, False, False, False
-                    if remember:
-                        actions[episode] = 0
+                    actions[episode] = 0
             running &= ~ended
             bar.update(int(ended.sum()))
     if bar is not progress:
         bar.close()
-    return Evaluation(success, steps, seeds, actions, int(begun.sum()) - episodes)
+    if broken.all():
+        raise EnvError("the policy's actions are not finite numbers: it has diverged, go back to an earlier one")
+    return Evaluation(success, steps, seeds, actions, int(begun.sum()) - episodes, int(broken.sum()))
 
 
 def evaluate_replay(venv, actions: np.ndarray, episodes: int, *, seed: int = EVAL_SEED, progress: str = "") -> Evaluation:
@@ -106,5 +131,5 @@ def evaluate_replay(venv, actions: np.ndarray, episodes: int, *, seed: int = EVA
     plan = np.zeros((venv.max_episode_steps, venv.action_dim), np.float32)
     plan[:, -1] = actions[-1, -1]
     plan[: len(actions)] = actions[: len(plan)]
-    act = lambda obs, text: np.tile(plan, (len(text), 1, 1))
+    act = lambda obs, text, turns: np.tile(plan, (len(text), 1, 1))
     return evaluate(venv, act, episodes, execute=len(plan), seed=seed, progress=progress)

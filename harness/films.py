@@ -1,17 +1,16 @@
-"""Videos of episodes: of a policy at work (`record`), or of evaluated ones, replayed by their actions, with captions (`write`)."""
+"""Videos of evaluated episodes, which are replayed by their actions."""
 
 from __future__ import annotations
 
-import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from pi_stepnft.envs import EVAL_SEED
+from pi_stepnft.harness.evaluation import Evaluation
 
 GREEN, RED, GREY, WHITE = (0, 158, 115), (213, 94, 0), (150, 150, 150), (235, 235, 235)
 GAP, STRIP = 4, 24
@@ -115,46 +114,10 @@ def write(
     temporary.replace(path)  # a film that is there is whole
 
 
-def record(
-    venv, act: Callable, path: str | Path, *, execute: int, episodes: int = 8, seed: int = EVAL_SEED, fps: int = 20
-) -> list[bool]:
-    """A tiled video of the first evaluation episodes at `path` (.mp4), a frame per control step; a green or red frame tells
-    success or failure once an episode has ended. Returns the outcomes. act: as `harness.evaluation.Act`."""
-    import imageio.v3 as iio
-
-    episodes = min(episodes, venv.num_envs)
-    running = np.arange(venv.num_envs) < episodes
-    obs, _ = venv.reset(seed=seed, options={"reset_mask": running})
-    tiles, films = venv.render(range(episodes)), []
-    success = np.zeros(venv.num_envs, bool)
-
-    def film() -> None:
-        for i, frame in enumerate(tiles):
-            if not running[i]:
-                for edge in (np.s_[:4], np.s_[-4:], np.s_[:, :4], np.s_[:, -4:]):
-                    frame[edge] = (40, 200, 80) if success[i] else (220, 50, 40)
-        columns = math.ceil(math.sqrt(len(tiles) * 4 / 3))
-        blanks = [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
-        rows = [np.concatenate((tiles + blanks)[r : r + columns], axis=1) for r in range(0, len(tiles), columns)]
-        films.append(np.concatenate(rows, axis=0))
-
-    film()
-    while running.any():
-        index = np.flatnonzero(running)
-        chunk = np.zeros((venv.num_envs, execute, venv.action_dim), np.float32)
-        chunk[index] = act({k: v[index] for k, v in obs.items()}, [venv.instructions[i] for i in index])[:, :execute]
-        for i in range(execute):
-            obs, _, terminated, truncated, info = venv.step(chunk[:, i : i + 1])
-            success = info["success"]
-            moved = np.flatnonzero(running)
-            running &= ~(terminated | truncated)
-            for slot, frame in zip(moved, venv.render(moved), strict=True):
-                tiles[slot] = frame
-            film()
-            if not running.any():
-                break
-    films += films[-1:] * fps  # hold the last picture for a second
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    iio.imwrite(path, np.stack(films), fps=fps, codec="libx264")
-    return success[:episodes].tolist()
+def record(venv, result: Evaluation, path: str | Path, label: str, *, episodes: int = 8) -> None:
+    """A film of an evaluation's first episodes, at most as many as there are environments, in rows of four. label: of what they are."""
+    first = range(min(episodes, len(result.success), venv.num_envs))
+    told = [result.actions[i, : result.steps[i]] for i in first]
+    tiles = replay(venv, result.seeds[first], told, result.success[first], progress="video")
+    colour = (0, 114, 178)
+    write(path, venv.instruction, [(label, colour, tiles[row : row + 4]) for row in range(0, len(tiles), 4)])

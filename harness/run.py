@@ -33,7 +33,7 @@ from pi_stepnft import envs, policies
 from pi_stepnft.harness import checkpoints
 from pi_stepnft.harness.args import RLArgs, RunError, TaskArgs, TrainArgs, env_options
 from pi_stepnft.harness.charts import plot_curve
-from pi_stepnft.harness.evaluation import Evaluation, evaluate
+from pi_stepnft.harness.evaluation import Evaluation, by_ode, evaluate
 from pi_stepnft.harness.films import record
 from pi_stepnft.harness.storage import Prefixes, memory_gb
 
@@ -245,7 +245,7 @@ class Run:
         made, film = f"checkpoints, curve.png and result.json in {self.folder}", f"videos/{self.folder.name}.mp4"
         if args.video:
             try:
-                record(self.venv, self._act(self.trained[policy]), film, execute=self.execute, seed=args.eval_seed)
+                record(self.venv, result, film, f"{args.env_id}, after {self.iteration} iterations")
                 made += f", video in {film}"
             except envs.EnvError as error:  # what has been measured stands
                 made += f"; no video: {error}"
@@ -258,16 +258,11 @@ class Run:
 
     # ------------------------------------------------------------------------------------------------ records
 
-    def _act(self, policy: policies.Pi0):
-        """The policy by the ODE, with the same noise every time."""
-        generator = torch.Generator(self.device).manual_seed(0)
-        return lambda obs, text: policy.act(obs, text, self.args.num_steps, generator)
-
     def success_rate(self, policy: policies.Pi0, episodes: int, label: str) -> Evaluation:
         """Success by the ODE on held-out seeds, the same ones and the same noise every time."""
         policy.eval()
-        seed = self.args.eval_seed
-        result = evaluate(self.venv, self._act(policy), episodes, execute=self.execute, seed=seed, progress=label)
+        act, seed = by_ode(policy, self.args.num_steps), self.args.eval_seed
+        result = evaluate(self.venv, act, episodes, execute=self.execute, seed=seed, progress=label)
         self.lost["evaluations"] += result.repeated
         return result
 

@@ -530,8 +530,8 @@ class Replay:
     def __init__(self, episodes: list[dict], n: int):
         self.episodes, self.n = episodes, n
 
-    def __call__(self, obs: dict, instructions: list[str]) -> np.ndarray:
-        assert len(obs["state"]) == len(obs["image"]) == len(instructions)
+    def __call__(self, obs: dict, instructions: list[str], turns: np.ndarray) -> np.ndarray:
+        assert len(obs["state"]) == len(obs["image"]) == len(instructions) == len(turns)
         chunks = np.zeros((len(instructions), self.n, 7), np.float32)
         for chunk, state in zip(chunks, obs["state"]):
             for episode in self.episodes:

@@ -61,9 +61,9 @@ class Mortal:
 
 
 def test_lost_episodes_are_played_again_and_never_count_as_failures():
-    act = lambda obs, text: np.tile(np.arange(1, 3)[:, None], (len(text), 1, 2))
+    act = lambda obs, text, turns: np.tile(np.arange(1, 3)[:, None], (len(text), 1, 2))
     plain, flaky = (
-        evaluation.evaluate(Mortal(losses), act, 10, execute=2, seed=100, remember=True)
+        evaluation.evaluate(Mortal(losses), act, 10, execute=2, seed=100)
         for losses in ({}, {101: 1, 102: 2, 109: 1})
     )
     assert (plain.repeated, flaky.repeated) == (0, 4)

@@ -346,7 +346,7 @@ class Suite(ChunkEnv):
 
 def test_each_task_of_a_suite_goes_through_its_initial_states():
     suite = Suite(tasks=3, each=2)
-    result = evaluation.evaluate(suite, lambda obs, text: np.ones((len(text), 4, 7)), 18, execute=4, remember=True)
+    result = evaluation.evaluate(suite, lambda obs, text, turns: np.ones((len(text), 4, 7)), 18, execute=4)
     assert sorted(suite.begun) == [(f"suite/{t}", 1000 * t + i) for t in range(3) for i in range(6)]
     assert sorted(result.seeds - EVAL_SEED) == sorted(seed for _, seed in suite.begun)
     assert (result.success == (result.seeds % 2 == 0)).all() and (result.steps == 4).all()

@@ -31,6 +31,23 @@ def _copy_rows(target: dict, source: dict, index: torch.Tensor) -> None:
             target[key][index] = value[index]
 
 
+def initial_info(base) -> dict:
+    """`base.get_info()` right after a reset, when nothing is grasped.
+
+    ManiSkill reads grasps from the contacts of the last simulation step, which a reset leaves in place: what was held at the end
+    of one episode would count as held at the start of the next.
+    """
+    agent = base.agent
+    own = vars(agent).get("is_grasping")
+    agent.is_grasping = lambda *_, **__: torch.zeros(base.num_envs, dtype=torch.bool, device=base.device)
+    try:
+        return base.get_info()
+    finally:
+        del agent.is_grasping
+        if own:
+            agent.is_grasping = own
+
+
 class CudaVecEnv(ChunkEnv):
     """`ChunkEnv` on one ManiSkill simulation that steps all environments together.
 
@@ -73,7 +90,7 @@ class CudaVecEnv(ChunkEnv):
         if mask.any():
             with torch.no_grad():
                 self._reset(np.flatnonzero(mask))
-                self._observe_state(mask, maniskill.initial_info(self.base))
+                self._observe_state(mask, initial_info(self.base))
                 self._observe_images(mask)
                 for slot, text in enumerate(maniskill.instructions_of(self.base, self.spec)):
                     if mask[slot]:
