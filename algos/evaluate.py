@@ -27,7 +27,20 @@ import tyro
 from tqdm import tqdm
 
 from pi_stepnft import envs, harness, policies
-from pi_stepnft.harness import Batch, Count, CountOrZero, RunError, Seed, SizeOrZero, Text, charts, checkpoints, films, report
+from pi_stepnft.harness import (
+    Batch,
+    Count,
+    CountOrZero,
+    Positive,
+    RunError,
+    Seed,
+    SizeOrZero,
+    Text,
+    charts,
+    checkpoints,
+    films,
+    report,
+)
 from pi_stepnft.harness.args import typed
 from pi_stepnft.harness.evaluation import Evaluation, by_ode, evaluate
 from pi_stepnft.harness.statistics import over_seeds, summarise
@@ -78,6 +91,8 @@ class Args:
     """torch threads; 0: one per core"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the policies compute; auto: cuda where there is one"""
+    step_timeout: Positive = 300.0
+    """seconds for which a simulator's process may be silent before it is taken for hung and replaced"""
 
 
 @dataclass
@@ -244,7 +259,7 @@ def main(args: Args) -> None:
         """The same environments as in training, as many as there are episodes at once; the policies have to fit them."""
         venv = envs.make(
             name, num_envs, obs_mode=obs_mode, image_size=image_size or 96, video_size=224, chunk=1, observe_terminal=False,
-            **options,
+            step_timeout=args.step_timeout, **options,
         )
         atexit.register(venv.close)  # workers and shared memory go with the program, however it ends
         for c in contestants:

@@ -224,8 +224,8 @@ def main(args: Args) -> None:
                     share = len(mb) / len(minibatch)
                     (share * loss).backward()
                     losses.add({**metrics, "loss": loss.detach()}, share)
-                losses.add({"grad_norm": run.clip_gradient(parameters)})
-                optimizer.step()
+                if run.clip_gradients(losses, grad_norm=parameters):
+                    optimizer.step()
 
         advantage_mean = advantages[used].mean().item() if M else 0.0
         run.log(success, lost, losses, signal=keep.mean(), advantage_mean=advantage_mean)

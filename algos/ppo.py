@@ -378,8 +378,8 @@ def main(args: Args) -> None:
                     share = len(mb) / len(minibatch)
                     (share * (critic_loss if warming else loss + critic_loss)).backward()
                     losses.add({**metrics, "value": critic_loss.detach()}, share)
-                losses.add({"grad_norm": run.clip_gradient(actor), "value_grad_norm": run.clip_gradient(critic)})
-                optimizer.step()
+                if run.clip_gradients(losses, grad_norm=actor, value_grad_norm=critic):
+                    optimizer.step()
 
         value, target = chunks.value[used], returns[used]
         explained = 1 - ((target - value).var() / target.var().clamp(min=1e-8)).item()

@@ -145,10 +145,10 @@ def main(args: Args) -> None:
     if args.compile:
         policy.velocity = torch.compile(policy.velocity)
     solver = dict(num_steps=K, noise_level=args.noise_level)
-    replay = deque(maxlen=args.replay)  # prefixes and chunks of the last iterations' successes
+    replay = deque(maxlen=args.replay)  # of the last iterations' successes: what their prefixes hold, then their chunks
     venv = run.make_envs(policy)
     B = args.num_envs
-    run.begin(dict(policy=policy), optimizer)
+    run.begin(dict(policy=policy), optimizer, memory=replay)
 
     for iteration in run.iterations():
         # ---------------------------------------------------------------------- rollout: act with θ, remember chunks
@@ -187,11 +187,13 @@ def main(args: Args) -> None:
         used = torch.from_numpy(np.flatnonzero(keep)).to(device)  # (M,) chunks to learn from
         M = len(used)
         if args.replay > 1 and M:  # M of all that is kept
-            replay.append((prefixes[used], Chunks(*(each[used.to(each.device)] for each in chunks))))
+            batch = prefixes[used]
+            fields = vars(batch)
+            replay.append([*fields.values(), *(each.to(device)[used] for each in chunks)])
             prefixes = run.prefixes()
-            for prefix, _ in replay:
-                prefixes.append(prefix)
-            chunks = Chunks(*map(torch.cat, zip(*(kept for _, kept in replay))))
+            for kept in replay:
+                prefixes.append(type(batch)(*kept[: len(fields)]))
+            chunks = Chunks(*map(torch.cat, zip(*(kept[len(fields) :] for kept in replay))))
             used = torch.randperm(len(chunks.state), device=device)[:M]
 
         # ---------------------------------------------------------------------- update θ
@@ -211,8 +213,8 @@ def main(args: Args) -> None:
                     share = len(mb) / len(minibatch)
                     (share * loss).backward()
                     losses.add({"loss": loss.detach()}, share)
-                losses.add({"grad_norm": run.clip_gradient(parameters)})
-                optimizer.step()
+                if run.clip_gradients(losses, grad_norm=parameters):
+                    optimizer.step()
 
         run.log(success, lost, losses, signal=keep.mean())
         run.evaluate_and_save_when_due()

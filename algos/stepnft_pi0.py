@@ -382,8 +382,8 @@ def main(args: Args) -> None:
                     share = len(mb) / len(minibatch)
                     (share * loss).backward()
                     losses.add({**metrics, "loss": loss.detach()}, share)
-                losses.add({"grad_norm": run.clip_gradient(parameters)})
-                optimizer.step()
+                if run.clip_gradients(losses, grad_norm=parameters):
+                    optimizer.step()
 
         # ---------------------------------------------------------------------- update θ_old
         alpha = ema_decay(iteration, args.ema_start, args.ema_end, args.ema_horizon)

@@ -28,6 +28,7 @@ def make(
     num_workers: int | None = None,
     backend: str = "auto",
     observe_terminal: bool = True,
+    step_timeout: float = 300.0,
     **spec: Any,
 ):
     """A `gymnasium.vector.VectorEnv` over action chunks (see `envs.vector.ChunkEnv` for shapes and semantics).
@@ -42,6 +43,7 @@ def make(
     num_workers: processes on the CPU back end (default: one per core that `num_cores` counts, at most num_envs).
     backend: "cpu" (a pool of processes), "cuda" (one batched simulation on the GPU), or "auto": cuda where that works.
     observe_terminal: observe (and render) the state after success too; learners without a critic can save that.
+    step_timeout: seconds for which a worker process may be silent before it is replaced, its episodes lost.
     spec: the simulator's own options, fields of its `Spec`: image_size, max_episode_steps, instruction, …; of ManiSkill
         control_mode, robot, cameras, … (`envs.maniskill.ManiSkillSpec`), of LIBERO language, … (`envs.libero.LiberoSpec`).
 
@@ -62,4 +64,5 @@ def make(
         return chosen.batched(built, num_envs, chunk=chunk, seed=seed)
     from pi_stepnft.envs.pool import ChunkVecEnv
 
-    return ChunkVecEnv(built, num_envs, num_workers or num_cores(), chunk=chunk, seed=seed, observe_terminal=observe_terminal)
+    return ChunkVecEnv(built, num_envs, num_workers or num_cores(), chunk=chunk, seed=seed, observe_terminal=observe_terminal,
+                       step_timeout=step_timeout)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -11,20 +13,24 @@ import numpy as np
 
 from pi_stepnft.envs.base import EnvError, Spec, num_cores
 from pi_stepnft.envs.vector import ChunkEnv
-from pi_stepnft.envs.worker import Worker, attach, layout, reserve
+from pi_stepnft.envs.worker import Died, Worker, attach, layout, reserve
 
-MAX_RESTARTS = 3
-"""How many dead workers a pool replaces before it gives up."""
+MAX_RESTARTS = 30
+"""How many dead workers a pool replaces within an hour before it gives up: what goes wrong again and again is no accident."""
+RESETS = 3
+"""How often an episode is begun, whose worker dies of that each time."""
 
 
 class ChunkVecEnv(ChunkEnv):
     """`ChunkEnv` on a pool of CPU processes, each holding some of the environments."""
 
-    def __init__(self, spec: Spec, num_envs: int, num_workers: int, *, chunk: int, seed: int, observe_terminal: bool):
+    def __init__(self, spec: Spec, num_envs: int, num_workers: int, *, chunk: int, seed: int, observe_terminal: bool,
+                 step_timeout: float):
+        """step_timeout: seconds of silence after which a worker is taken for dead."""
         super().__init__(spec, num_envs, seed)
-        self.observe_terminal = observe_terminal
+        self.observe_terminal, self.step_timeout = observe_terminal, step_timeout
         self._lost = np.zeros(num_envs, bool)  # died since the last step that could tell
-        self._restarts = 0
+        self._restarts: deque[float] = deque(maxlen=MAX_RESTARTS)  # when, of a clock in seconds
         num_workers = min(num_workers, num_envs)
         threads = max(1, num_cores() // num_workers)
         self._memory = os.memfd_create("pi-stepnft")  # nameless: it goes with the processes, however they end
@@ -62,12 +68,12 @@ class ChunkVecEnv(ChunkEnv):
     def reset(self, *, seed: int | Iterable[int] | None = None, options: dict | None = None) -> tuple[dict, dict]:
         seeds, mask = self._reset_arguments(seed, options)
         jobs = {slot: (int(seeds[slot]),) for slot in np.flatnonzero(mask)}
-        told, dead = self._run("reset", jobs)
-        if (dead := dead & mask).any():  # its replacement starts from the same seeds; a second death in a row is an error
-            more, again = self._run("reset", {slot: jobs[slot] for slot in np.flatnonzero(dead)})
-            if again.any():
-                raise EnvError("an environment worker died twice while resetting")
-            told += more
+        told, begun = [], 0
+        while jobs:  # those of a worker that dies are for its replacement
+            if begun == RESETS:
+                raise EnvError(f"seed {next(iter(jobs.values()))[0]}: resetting to it ended {RESETS} workers")
+            more, dead = self._run("reset", jobs)
+            told, begun, jobs = told + more, begun + 1, {slot: job for slot, job in jobs.items() if dead[slot]}
         for slot, instruction in told:
             self.instructions[slot] = instruction
         self._running[mask], self._success[mask], self._lost[mask] = True, False, False
@@ -75,7 +81,8 @@ class ChunkVecEnv(ChunkEnv):
         return self._observation(), {"success": self._success.copy(), "steps": zeros, "lost": zeros.astype(bool)}
 
     def step(self, chunk: np.ndarray) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray, dict]:
-        chunk = self._step_argument(chunk)
+        chunk, broken = self._step_argument(chunk)
+        self._lost |= broken
         n = chunk.shape[1]
         self._arrays["chunk"][:, :n] = chunk
         jobs = {slot: (n, self.observe_terminal) for slot in np.flatnonzero(self._running & ~self._lost)}
@@ -128,8 +135,8 @@ class ChunkVecEnv(ChunkEnv):
     def _receive_or_fail(self, worker: Worker) -> Any:
         try:
             return worker.receive()
-        except EOFError:
-            raise EnvError(f"environment worker {worker.index} died {worker.obituary()}") from None
+        except Died as death:
+            raise EnvError(f"environment worker {worker.index} {death}") from None
 
     def _run(self, command: str, jobs: dict[int, tuple]) -> tuple[list, np.ndarray]:
         """Send each slot's job to its worker. Returns all results and the mask of slots whose worker died (and was replaced)."""
@@ -143,19 +150,20 @@ class ChunkVecEnv(ChunkEnv):
         for index in busy:
             worker = self._workers[index]
             try:
-                results += worker.receive() or []
-            except EOFError:
-                self._replace(worker)
+                results += worker.receive(self.step_timeout) or []
+            except Died as death:
+                self._replace(worker, death)
                 dead[list(worker.slots)] = True
         self._lost |= dead & self._running
         return results, dead
 
-    def _replace(self, worker: Worker) -> None:
-        self._restarts += 1
-        if self._restarts > MAX_RESTARTS:
-            raise EnvError(f"environment workers died {self._restarts} times {worker.obituary()}")
-        warnings.warn(f"environment worker {worker.index} died and is replaced; its episodes are dropped", stacklevel=2)
-        worker.obituary()
+    def _replace(self, worker: Worker, death: Died) -> None:
+        now = time.monotonic()
+        if len(self._restarts) == MAX_RESTARTS and now - self._restarts[0] < 3600:
+            raise EnvError(f"environment workers died {MAX_RESTARTS + 1} times within an hour; the last one {death}")
+        self._restarts.append(now)
+        warnings.warn(f"environment worker {worker.index} {death}. It is replaced; its episodes are dropped", stacklevel=2)
+        worker.stop(0)
         worker.start()
         self._receive_or_fail(worker)
         worker.send("attach", self._layout)

@@ -22,8 +22,8 @@ class ChunkEnv(gym.vector.VectorEnv):
       (gymnasium's AutoresetMode.DISABLED).
     - Observation: `{"image": uint8 (B, cameras, H, W, 3), "state": float32 (B, S)}` after the last executed action.
     - `info`: "success" (B,) bool, whether the episode has succeeded; "steps" (B,) int, actions executed in this chunk; "lost" (B,)
-      bool, whether the episode was cut off because its worker process died (the worker is replaced; the episode counts as
-      truncated and should be dropped).
+      bool, whether the episode was cut off because its worker process died (the worker is replaced) or its actions were no finite
+      numbers; it counts as truncated and should be dropped.
 
     Attributes: `instructions`, one per environment, which a task may change at every reset; `tasks`, the id of each; `cameras`,
     their names in the order of the pictures; `action_dim`, `max_episode_steps`, `spec`.
@@ -96,12 +96,12 @@ class ChunkEnv(gym.vector.VectorEnv):
             )
         return seeds, mask
 
-    def _step_argument(self, chunk: np.ndarray) -> np.ndarray:
-        """The chunk as float32 (B, n, A), no longer than an episode, after it has been found sound."""
+    def _step_argument(self, chunk: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The chunk as float32 (B, n, A), no longer than an episode, and which running environments cannot be given theirs (B,)
+        bool, as it holds what is no finite number."""
         chunk = np.asarray(chunk, np.float32)
         if chunk.ndim != 3 or chunk.shape[0] != self.num_envs or chunk.shape[2] != self.action_dim:
             raise EnvError(f"step takes a chunk of shape ({self.num_envs}, n, {self.action_dim}), got {chunk.shape}")
         chunk = chunk[:, : self.max_episode_steps]
-        if not np.isfinite(chunk[self._running]).all():
-            raise EnvError("step got actions that are not finite numbers: the policy has diverged")
-        return chunk
+        broken = ~np.isfinite(chunk).all((1, 2))
+        return np.where(broken[:, None, None], 0, chunk), broken & self._running

@@ -6,6 +6,7 @@ import errno
 import mmap
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import traceback
@@ -50,6 +51,17 @@ def attach(memory: int, places: Layout, size: int) -> dict[str, np.ndarray]:
 
 # ---------------------------------------------------------------------------------------------------------- the parent's side
 
+KILLED = {
+    signal.SIGKILL: "the system does that when memory runs out; take fewer environments, or smaller images",
+    signal.SIGBUS: "there is no room for its memory; take fewer environments, or smaller images",
+    **dict.fromkeys((signal.SIGTERM, signal.SIGHUP, signal.SIGINT), "somebody has ended it"),
+}
+"""What stands behind signals that come from outside; of others, such as SIGSEGV, the simulator knows the likely cause."""
+
+
+class Died(Exception):
+    """A worker is gone; the message says how and why, as the end of a sentence."""
+
 
 class Worker:
     """A process with the environments of some slots, so spaced that neighbours in a group land on different workers."""
@@ -75,24 +87,33 @@ class Worker:
     def send(self, command: str, payload: Any = None) -> None:
         try:
             self.pipe.send((command, payload))
-        except (BrokenPipeError, ConnectionResetError):
+        except OSError:
             pass  # receive() finds out
 
-    def receive(self) -> Any:
-        """The answer to the last command. Raises EnvError for the worker's own errors, EOFError when it has died."""
+    def receive(self, timeout: float | None = None) -> Any:
+        """The answer to the last command. Raises EnvError for the worker's own errors, and Died when there is none to come.
+
+        timeout: seconds of silence after which it is ended.
+        """
         try:
+            if not self.pipe.poll(timeout):
+                self.process.kill()
+                raise Died(f"was silent for {timeout:g} s: a simulation that hangs, or a machine too busy for its --step-timeout")
             status, result = self.pipe.recv()
-        except OSError as error:  # died in the middle of its answer
-            raise EOFError from error
+        except (EOFError, OSError):  # OSError: in the middle of its answer
+            self.stop()
+            raise Died(self._obituary()) from None
         if status == "error":
             raise EnvError(result)
         return result
 
-    def obituary(self) -> str:
-        """How it died, and what may help: the end of a line."""
-        self.stop()
+    def _obituary(self) -> str:
+        """How it died, and what may help."""
         code = self.process.returncode
-        return f"(exit code {code}): {self.spec.death if code < 0 else 'its last words stand above'}"
+        if code >= 0:
+            return f"left with exit code {code}: its last words stand above"
+        number = signal.Signals(-code)
+        return f"died of {number.name}: {KILLED.get(number, self.spec.death)}"
 
     def stop(self, patience: float = 5.0) -> None:
         """End the process, after so many seconds by force."""

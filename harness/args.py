@@ -33,7 +33,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Text = Annotated[str, Field(min_length=1)]
 
-FREE_ON_RESUME = "num_threads", "max_minutes", "iterations", "track", "video", "device"
+FREE_ON_RESUME = "num_threads", "max_minutes", "iterations", "track", "video", "device", "step_timeout"
 """What a run may change when it goes on; all else is part of what it computes."""
 
 
@@ -57,6 +57,8 @@ class TaskArgs:
     """torch threads; 0: one per core"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the policy computes; auto: cuda where there is one"""
+    step_timeout: Positive = 300.0
+    """seconds for which a simulator's process may be silent before it is taken for hung and replaced"""
 
 
 @dataclass
@@ -89,7 +91,7 @@ class RLArgs(TrainArgs):
     """policy to start from: a folder or a bundled name; default: the bundled one for the task and obs mode"""
     resume: Text | None = None
     """run folder (runs/<name>) to go on with, under its own arguments; of these --iterations, --max-minutes, --num-threads,
-    --device, --track and --video may be given anew"""
+    --device, --step-timeout, --track and --video may be given anew"""
     iterations: Count | None = None
     """rollout + update rounds; default: 120 for π0, 200 for π0.5 (the method's authors: 400 LIBERO, 240 ManiSkill)"""
     max_minutes: PositiveOrZero = 24.0
@@ -131,6 +133,8 @@ class RLArgs(TrainArgs):
     """iterations between checkpoints"""
     save_minutes: Positive = 10.0
     """minutes after which a checkpoint is written in any case"""
+    max_bad_updates: Count = 20
+    """updates in a row that are left out, as their gradient is no finite number, before the run stops"""
     keep: Count = 2
     """checkpoints to keep, the newest ones: where the last is damaged, --resume goes back to the one before"""
 

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -52,6 +53,7 @@ class Lost:
     __pydantic_config__ = dict(extra="forbid")
     rollouts: Steps
     evaluations: Steps
+    broken: Steps
 
 
 @dataclass
@@ -64,6 +66,7 @@ class Progress:
     trained_s: PositiveOrZero
     curve: list[Point]
     lost: Lost
+    bad_updates: Steps
 
 
 @dataclass
@@ -82,12 +85,14 @@ def save(
     rng: np.random.Generator,
     progress: dict,
     unsaved: dict[str, list[torch.Tensor]],
+    memory: Iterable[list[torch.Tensor]] = (),
     keep: int = 2,
 ) -> None:
     """Write a checkpoint of the run in `folder` and remove all but the newest `keep`.
 
     trained: policies by name; optimizer and rng: whose states, and those of torch's generators, go with them; progress: plain JSON,
-    with "iteration"; unsaved: named lists of tensors that no policy's checkpoint holds, such as a LoRA run's adapters.
+    with "iteration"; unsaved: named lists of tensors that no policy's checkpoint holds, such as a LoRA run's adapters;
+    memory: lists of tensors, however many, that later iterations learn from.
     Raises CheckpointError, and leaves the checkpoints that are there, if it cannot be written or a weight is not finite.
     """
     parent = folder / FOLDER
@@ -100,7 +105,7 @@ def save(
         part.mkdir(parents=True)
         for title, policy in trained.items():
             policies.save(policy, part / title)
-        save_file(_tensors(optimizer, unsaved), part / "training.safetensors")
+        save_file(_tensors(optimizer, unsaved, memory), part / "training.safetensors")
         state = {"numpy_rng": rng.bit_generator.state, "progress": progress}
         (part / "training.json").write_text(json.dumps(state, indent=2))
         files = sorted(path for path in part.rglob("*") if path.is_file())
@@ -142,9 +147,14 @@ def newest(folder: Path) -> Path:
 
 
 def restore(
-    path: Path, optimizer: torch.optim.Optimizer, rng: np.random.Generator, unsaved: dict[str, list[torch.Tensor]]
-) -> dict:
-    """Give optimizer, rng, torch's generators and the `unsaved` tensors the states of a checkpoint; returns its progress.
+    path: Path,
+    optimizer: torch.optim.Optimizer,
+    rng: np.random.Generator,
+    unsaved: dict[str, list[torch.Tensor]],
+    device: torch.device | str = "cpu",
+) -> tuple[dict, list[list[torch.Tensor]]]:
+    """Give optimizer, rng, torch's generators and the `unsaved` tensors the states of a checkpoint; returns its progress and its
+    memory, on `device`.
 
     The policies are loaded by `policies.load`. Raises CheckpointError where the checkpoint is that of another training.
     """
@@ -161,6 +171,11 @@ def restore(
                 if value.shape != target.shape:
                     raise ValueError(f"{title} {index} has shape {tuple(value.shape)} instead of {tuple(target.shape)}")
                 target.data.copy_(value)
+        memory: list[list[torch.Tensor]] = []
+        while f"memory.{len(memory)}.0" in tensors:
+            place = f"memory.{len(memory)}."
+            names = sorted((key for key in tensors if key.startswith(place)), key=lambda key: int(key.removeprefix(place)))
+            memory.append([tensors.pop(name).to(device) for name in names])
         state: dict[int, dict[str, torch.Tensor]] = {}
         for key, value in tensors.items():
             _, index, kind = key.split(".")
@@ -169,7 +184,7 @@ def restore(
             state.setdefault(int(index), {})[kind] = value
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         rng.bit_generator.state = stored["numpy_rng"]
-        return stored["progress"]
+        return stored["progress"], memory
     except (OSError, SafetensorError, LookupError, ValueError, TypeError, OverflowError, RuntimeError) as error:
         reason = f"there is no {error}" if isinstance(error, LookupError) else error
         raise CheckpointError(f"{path} holds no training state to go on with: {reason}") from None
@@ -201,7 +216,9 @@ def link(path: Path, target: str) -> None:
     os.replace(temporary, path)
 
 
-def _tensors(optimizer: torch.optim.Optimizer, unsaved: dict[str, list[torch.Tensor]]) -> dict[str, torch.Tensor]:
+def _tensors(
+    optimizer: torch.optim.Optimizer, unsaved: dict[str, list[torch.Tensor]], memory: Iterable[list[torch.Tensor]]
+) -> dict[str, torch.Tensor]:
     """The tensors of a training, on the CPU, under the names that `restore` knows."""
     tensors = {"torch_rng": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -210,6 +227,8 @@ def _tensors(optimizer: torch.optim.Optimizer, unsaved: dict[str, list[torch.Ten
         tensors |= {f"optimizer.{index}.{kind}": value.detach().cpu().contiguous() for kind, value in state.items()}
     for title, values in unsaved.items():
         tensors |= {f"trained.{title}.{index}": value.detach().cpu().contiguous() for index, value in enumerate(values)}
+    for place, values in enumerate(memory):
+        tensors |= {f"memory.{place}.{index}": value.detach().cpu().contiguous() for index, value in enumerate(values)}
     return tensors
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -115,7 +116,7 @@ def write(
 
 
 def record(venv, result: Evaluation, path: str | Path, label: str, *, episodes: int = 8) -> None:
-    """A film of an evaluation's first episodes, at most as many as there are environments, in rows of four. label: of what they are."""
+    """A film of an evaluation's first episodes, in rows of four under a label; at most as many as there are environments."""
     first = range(min(episodes, len(result.success), venv.num_envs))
     told = [result.actions[i, : result.steps[i]] for i in first]
     tiles = replay(venv, result.seeds[first], told, result.success[first], progress="video")

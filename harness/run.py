@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import itertools
 import json
+import math
 import netrc
 import os
 import random
@@ -19,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -51,6 +53,8 @@ class Averages(dict):
 
     def add(self, values: dict[str, float | torch.Tensor], weight: float = 1.0) -> None:
         for name, value in values.items():
+            if not math.isfinite(value):  # of an update that is left out, and counted
+                continue
             total, weights = self.get(name, (0.0, 0.0))
             self[name] = total + weight * float(value), weights + weight
 
@@ -75,7 +79,9 @@ class Run:
         self._expect = policy_type
         self.prefix_cache = args.prefix_cache or ("device" if args.train == "expert" else "off")
         self.iteration, self.env_steps, self.trained_s, self.curve, self.peak_gb = 0, 0, 0.0, [], 0.0
-        self.lost = dict(rollouts=0, evaluations=0)  # episodes whose worker died: left out there, played again here
+        # Episodes whose worker died, left out there, played again here; those that failed as their actions were no finite numbers
+        self.lost = dict(rollouts=0, evaluations=0, broken=0)
+        self.bad_updates, self._bad = 0, 0  # in all, and in a row
         self._stopped: signal.Signals | None = None
         self._in_iteration = False
 
@@ -126,21 +132,24 @@ class Run:
         trained: dict[str, policies.Pi0],
         optimizer: torch.optim.Optimizer,
         unsaved: dict[str, list[torch.Tensor]] | None = None,
+        memory: deque[list[torch.Tensor]] | None = None,
     ) -> None:
         """Open the run's folder and logs; evaluate the start, or with --resume go back to where the run stood.
 
         trained: policies by the name of their folder, the one to report first; unsaved: tensors by name that no policy's checkpoint
-        holds, such as a value head's.
+        holds, such as a value head's; memory: what later iterations learn from.
         """
         args = self.args
         self.trained, self.optimizer, self.unsaved = trained, optimizer, dict(unsaved or {})
+        self.memory = deque() if memory is None else memory
         if args.train == "lora":
             self.unsaved |= {name: [p for p in policy.parameters() if p.requires_grad] for name, policy in trained.items()}
         if self._resumed:
             if args.train != "lora":
                 for name, policy in list(trained.items())[1:]:
                     policies.load_weights(policy, self._resumed / name / "model.safetensors")
-            progress = checkpoints.restore(self._resumed, optimizer, self.rng, self.unsaved)
+            progress, kept = checkpoints.restore(self._resumed, optimizer, self.rng, self.unsaved, self.device)
+            self.memory.extend(kept)
             checkpoints.link(self._resumed.parent / checkpoints.POINTER, self._resumed.name)  # a damaged one was passed over
             vars(self).update(progress)
             if self.iteration >= args.iterations and (self.folder / "result.json").is_file():
@@ -173,25 +182,38 @@ class Run:
         self._laps[name] = seconds, gb
         self.peak_gb = max(self.peak_gb, gb)
 
-    def clip_gradient(self, parameters: Iterable[torch.Tensor]) -> torch.Tensor:
-        """Limit the gradient's norm to --max-grad-norm and return what it was. Raises RunError, before any weight changes, if it is
-        not finite."""
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
-        if not torch.isfinite(norm):
-            raise RunError(f"the gradient is not finite at iteration {self.iteration}: lower --learning-rate; the last checkpoint "
-                           f"in {self.folder} is intact")
-        return norm
+    def clip_gradients(self, losses: Averages, **parameters: Iterable[torch.Tensor]) -> bool:
+        """Limit the gradients' norms to --max-grad-norm, each by itself, and add what they were to losses.
+
+        False, which is counted, where one is not finite: the update is to be left out. Raises RunError after --max-bad-updates such
+        in a row; the last checkpoint is as it was.
+        """
+        norms = {name: torch.nn.utils.clip_grad_norm_(each, self.args.max_grad_norm) for name, each in parameters.items()}
+        losses.add(norms)
+        return self._sound(all(torch.isfinite(norm) for norm in norms.values()), "the gradient is no finite number")
+
+    def _sound(self, sound: bool, what: str) -> bool:
+        """Count what is not sound, and end the run where that is all there is."""
+        self._bad = 0 if sound else self._bad + 1
+        self.bad_updates += not sound
+        if self._bad >= self.args.max_bad_updates:
+            raise RunError(f"{what}, {self._bad} times in a row, at iteration {self.iteration}: lower --learning-rate; the last "
+                           f"checkpoint in {self.folder} is from before")
+        return sound
 
     def log(self, success: np.ndarray, lost: np.ndarray, losses: Averages, **charts: float) -> None:
         """Count the iteration and tell TensorBoard and the progress bar of it. success, lost: (E,) of the rollouts' episodes."""
         self.lap("update")
         self.iteration += 1
         self.trained_s = time.time() - self._start
-        charts = dict(rollout_success=success[~lost].mean(), SPS=self.env_steps / self.trained_s, env_steps=self.env_steps) | charts
+        charts = dict(SPS=self.env_steps / self.trained_s, env_steps=self.env_steps) | charts
+        if not lost.all():
+            charts["rollout_success"] = success[~lost].mean()
         for name, (seconds, gb) in self._laps.items():
             charts |= {f"{name}_s": seconds, f"memory_{name}_gb": gb}
         self.lost["rollouts"] += int(lost.sum())
-        charts["lost_episodes"] = sum(self.lost.values())
+        self._sound(not lost.all(), "every episode of the rollout was lost, by workers that died or actions that are no numbers")
+        charts |= dict(lost_episodes=sum(self.lost.values()), bad_updates=self.bad_updates)
         charts["learning_rate"] = self.optimizer.param_groups[0]["lr"]
         scalars = {f"charts/{name}": value for name, value in charts.items()}
         for name, value in (scalars | {f"losses/{name}": value for name, value in losses.means().items()}).items():
@@ -237,7 +259,7 @@ class Run:
             env_id=args.env_id, obs_mode=args.obs_mode, seed=args.seed, checkpoint=self.checkpoint, iterations=self.iteration,
             env_steps=self.env_steps, training_minutes=self.trained_s / 60,
             parameters_trained=sum(p.numel() for group in self.optimizer.param_groups for p in group["params"]),
-            peak_memory_gb=self.peak_gb, lost_episodes=self.lost, **facts,
+            peak_memory_gb=self.peak_gb, lost_episodes=self.lost, bad_updates=self.bad_updates, **facts,
             before={name: self.curve[0][name] for name in outcome}, after={name: self.curve[-1][name] for name in outcome},
             **{f"after_{name}": dict(success=e.rate, interval=e.interval, episodes=len(e.success)) for name, e in more.items()},
             versions=dict(torch=torch.__version__, python=sys.version.split()[0]), args=asdict(args), curve=self.curve,
@@ -264,6 +286,7 @@ class Run:
         act, seed = by_ode(policy, self.args.num_steps), self.args.eval_seed
         result = evaluate(self.venv, act, episodes, execute=self.execute, seed=seed, progress=label)
         self.lost["evaluations"] += result.repeated
+        self.lost["broken"] += result.broken
         return result
 
     def evaluate(self, when: str = "") -> Evaluation:
@@ -284,7 +307,7 @@ class Run:
             if args.env_options:
                 policy.meta["env_options"] = list(args.env_options)
         progress = {field.name: getattr(self, field.name) for field in fields(checkpoints.Progress)}
-        checkpoints.save(self.folder, self.trained, self.optimizer, self.rng, progress, self.unsaved, args.keep)
+        checkpoints.save(self.folder, self.trained, self.optimizer, self.rng, progress, self.unsaved, self.memory, args.keep)
         self._saved, self._saved_at = self.iteration, time.time()
         plot_curve(self.curve, self.folder / "curve.png", f"{args.env_id} ({args.obs_mode}), seed {args.seed}")
 
@@ -337,6 +360,7 @@ def adapt(policy: policies.Pi0, args: TrainArgs) -> policies.Pi0:
 def make_envs(args: TaskArgs, **fixed: Any):
     """`envs.make` with --env-options, closed when the program ends, however it does. fixed: what the program decides itself."""
     options, fixed = env_options(args.env_options), fixed | dict(env_id=args.env_id, obs_mode=args.obs_mode, seed=args.seed)
+    fixed["step_timeout"] = args.step_timeout
     if taken := sorted(set(options) & set(fixed)):
         raise RunError(f"--env-options {taken[0]}={options[taken[0]]}: {taken[0]} is {fixed[taken[0]]!r} here, by the program's "
                        "other options or the policy")
@@ -486,5 +510,11 @@ def one_line_errors(hint: str = "") -> Iterator[None]:
         yield
     except (RunError, envs.EnvError, policies.CheckpointError, OSError) as error:  # OSError: a full disk, a folder that is not ours
         sys.exit(f"error: {' '.join(str(error).splitlines())}")
+    except (MemoryError, RuntimeError) as error:  # PyTorch's are of the second kind, on a GPU and without one
+        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        reason = (str(error).splitlines() or [""])[0]
+        sys.exit("error: out of memory: give --micro-batch, or a smaller one, for the update, fewer --num-envs for the rollout; "
+                 f"docs/memory.md has more ({reason})")
     except KeyboardInterrupt as error:
         sys.exit("; ".join(["interrupted", *map(str, error.args), *([hint] if hint else [])]))

@@ -152,8 +152,8 @@ def main(args: Args) -> None:
                 loss = -(advantage[mb] * likelihood).sum() / len(minibatch)
                 loss.backward()
                 losses.add(dict(policy=loss.detach()), len(mb) / len(minibatch))
-            losses.add(dict(grad_norm=run.clip_gradient(parameters)))
-            optimizer.step()
+            if run.clip_gradients(losses, grad_norm=parameters):
+                optimizer.step()
 
         run.log(success, lost, losses, signal=len(used) / len(advantage))
         run.evaluate_and_save_when_due()

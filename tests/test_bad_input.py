@@ -282,7 +282,8 @@ ARGS = json.loads(json.dumps(asdict(stepnft_pi0.Args(obs_mode="state", checkpoin
 POINT = dict(iteration=0, env_steps=0, minutes=0.0, success=0.5, interval=[0.1, 0.9], episodes=2)
 STATE = dict(
     numpy_rng=json.loads(json.dumps(np.random.default_rng(0).bit_generator.state)),
-    progress=dict(iteration=1, env_steps=8, trained_s=1.0, curve=[POINT], lost=dict(rollouts=0, evaluations=0)),
+    progress=dict(iteration=1, env_steps=8, trained_s=1.0, curve=[POINT], lost=dict(rollouts=0, evaluations=0, broken=0),
+                  bad_updates=0),
 )
 ARGS_EDITS = [*wrong_kinds(ARGS), (("num_envs",), "64"), (("num_envs",), True), (("num_envs",), 0), (("seed",), 2**32),
               (("gamma",), float("nan")), (("env_options",), ["robot"]), (("device",), "gpu"), (("num_threads",), 1e9)]

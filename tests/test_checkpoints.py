@@ -2,9 +2,11 @@
 
 import copy
 import errno
+import itertools
 import os
 import shutil
 import sys
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +33,7 @@ class Training:
     def __init__(self, folder: Path):
         self.folder, self.iteration = folder, 0
         self.trained = dict(policy=make_policy(1), rollout_policy=make_policy(2))
-        self.unsaved = dict(head=[torch.zeros(3)])
+        self.unsaved, self.memory = dict(head=[torch.zeros(3)]), deque(maxlen=2)
         self.optimizer = torch.optim.Adam(self.trained["policy"].parameters())
         self.rng = np.random.default_rng(0)
 
@@ -43,19 +45,21 @@ class Training:
         for old, new in zip(self.trained["rollout_policy"].parameters(), self.trained["policy"].parameters()):
             old.data.lerp_(new.data, 0.5)
         self.unsaved["head"][0] += 1
+        self.memory.append([torch.rand(self.iteration, 2), torch.arange(3)])
         self.rng.integers(10)
         return self
 
     def save(self, **options) -> None:
-        progress = dict(iteration=self.iteration, env_steps=0, trained_s=0.0, curve=[], lost=dict(rollouts=0, evaluations=0))
-        checkpoints.save(self.folder, self.trained, self.optimizer, self.rng, progress, self.unsaved, **options)
+        lost = dict(rollouts=0, evaluations=0, broken=0)
+        progress = dict(iteration=self.iteration, env_steps=0, trained_s=0.0, curve=[], lost=lost, bad_updates=0)
+        checkpoints.save(self.folder, self.trained, self.optimizer, self.rng, progress, self.unsaved, self.memory, **options)
 
     def facts(self) -> list:
         """All that a checkpoint has to bring back."""
         states = self.optimizer.state_dict()["state"]
         moments = [states[index][name] for index in sorted(states) for name in sorted(states[index])]
         weights = [value for policy in self.trained.values() for value in policy.state_dict().values()]
-        tensors = [torch.get_rng_state(), self.unsaved["head"][0], *weights, *moments]
+        tensors = [torch.get_rng_state(), self.unsaved["head"][0], *weights, *moments, *itertools.chain(*self.memory)]
         return [self.iteration, self.rng.bit_generator.state["state"], *(tensor.clone() for tensor in tensors)]
 
     def resume(self) -> "Training":
@@ -63,7 +67,10 @@ class Training:
         self.trained = {name: policies.load(path / name) for name in self.trained}
         parameters = list(self.trained["policy"].parameters())
         self.optimizer.param_groups[0]["params"] = parameters
-        self.iteration = checkpoints.restore(path, self.optimizer, self.rng, self.unsaved)["iteration"]
+        progress, memory = checkpoints.restore(path, self.optimizer, self.rng, self.unsaved)
+        self.iteration = progress["iteration"]
+        self.memory.clear()
+        self.memory.extend(memory)
         return self
 
 

@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections import deque
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -14,11 +16,12 @@ import pytest
 import torch
 
 from pi_stepnft import envs
-from pi_stepnft.envs import demos, vulkan
+from pi_stepnft.envs import demos, vulkan, worker
 from pi_stepnft.envs.base import EnvError
 from pi_stepnft.envs.maniskill import Camera, ManiSkillSpec, experts, tasks
 from pi_stepnft.envs.maniskill import env as maniskill
 from pi_stepnft.envs.maniskill.cuda import CudaVecEnv
+from pi_stepnft.envs.pool import MAX_RESTARTS
 from pi_stepnft.harness import evaluation, films, statistics
 
 try:
@@ -421,7 +424,7 @@ def test_a_killed_worker_costs_its_episodes_and_nothing_else(pool):
     obs, _ = pool.reset(seed=50)
     pool.step(np.zeros((4, 8, 7)))
     os.kill(pool._workers[1].process.pid, signal.SIGKILL)
-    with pytest.warns(UserWarning, match="worker 1 died"):
+    with pytest.warns(UserWarning, match="worker 1 died of SIGKILL"):
         _, _, terminated, truncated, info = pool.step(np.zeros((4, 8, 7)))
     assert info["lost"].tolist() == truncated.tolist() == [False, True, False, True] and not terminated.any()
     assert info["steps"].tolist() == [8, 0, 8, 0]
@@ -439,6 +442,72 @@ def test_a_killed_worker_costs_its_episodes_and_nothing_else(pool):
     _, _, _, truncated, info = pool.step(np.zeros((4, 8, 7)))
     assert info["lost"].tolist() == truncated.tolist() == [False, False, True, False]
     assert info["steps"].tolist() == [8, 8, 0, 8]
+
+
+def test_a_hung_worker_is_replaced(pool, monkeypatch):
+    pool.reset(seed=50)
+    monkeypatch.setattr(pool, "step_timeout", 1.0)
+    stopped = pool._workers[1].process
+    os.kill(stopped.pid, signal.SIGSTOP)
+    with pytest.warns(UserWarning, match="worker 1 was silent for 1 s: .*--step-timeout. It is replaced"):
+        info = pool.step(np.zeros((4, 8, 7)))[-1]
+    assert info["lost"].tolist() == [False, True, False, True] and stopped.poll() == -signal.SIGKILL
+    assert not pool.step(np.zeros((4, 8, 7)))[-1]["lost"].any()
+
+
+@pytest.mark.parametrize(
+    "number, cause",
+    [(signal.SIGKILL, "memory runs out"), (signal.SIGBUS, "no room"), (signal.SIGTERM, "somebody"), (signal.SIGSEGV, "driver")],
+)
+def test_how_a_worker_died_is_told(number, cause):
+    dead = worker.Worker.__new__(worker.Worker)
+    dead.spec, dead.process = envs.simulator("PickCube-v1").spec("PickCube-v1"), subprocess.Popen(["sleep", "9"])
+    dead.pipe, end = worker.Pipe()
+    end.close()
+    dead.process.send_signal(number)
+    with pytest.raises(worker.Died, match=f"died of {number.name}: .*{cause}"):
+        dead.receive()
+
+
+def test_workers_that_die_all_the_time_are_given_up(pool, monkeypatch):
+    pool.reset(seed=50)
+    now = time.monotonic()
+    monkeypatch.setattr(pool, "_restarts", deque([now - 3000] + [now] * (MAX_RESTARTS - 1), maxlen=MAX_RESTARTS))
+    death = worker.Died("died of boredom")
+    with pytest.raises(envs.EnvError, match="died 31 times within an hour; the last one died of boredom"):
+        pool._replace(pool._workers[0], death)
+
+
+def test_actions_that_are_no_numbers_cost_their_episode_alone(pool):
+    pool.reset(seed=50)
+    chunk = np.zeros((4, 8, 7))
+    chunk[2, 3, 1], chunk[3, 7, 6] = np.nan, np.inf
+    _, _, terminated, truncated, info = pool.step(chunk)
+    assert info["lost"].tolist() == truncated.tolist() == [False, False, True, True] and not terminated.any()
+    assert info["steps"].tolist() == [8, 8, 0, 0]
+    assert pool.step(chunk)[-1]["steps"].tolist() == [8, 8, 0, 0]
+
+
+def test_an_episode_is_a_function_of_its_seed_and_its_actions(pick):
+    state = np.zeros(pick.state_dim, np.float32)
+
+    def play(seed: int, actions: list | None = None) -> tuple[list, np.ndarray]:
+        """By the expert, with noise, or by the actions given; what was seen after each step."""
+        pick.reset(seed)
+        expert, rng, told, seen = pick.expert(), np.random.default_rng(seed), [], []
+        expert.reset()
+        for t in range(32):
+            action = actions[t] if actions else np.clip(expert.act() + rng.normal(0, 0.2, 7), -1, 1).astype(np.float32)
+            pick.step(action[None])
+            pick.observe(np.zeros((0, 0, 0, 3), np.uint8), state)
+            told.append(action)
+            seen.append(state.copy())
+        return told, np.stack(seen)
+
+    played = {seed: play(seed) for seed in range(20)}
+    for seed in np.random.default_rng(0).permutation(20):
+        told, seen = played[seed]
+        np.testing.assert_array_equal(play(int(seed), told)[1], seen)
 
 
 # --------------------------------------------------------------------------------------------- experts, demonstrations, evaluation

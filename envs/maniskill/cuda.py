@@ -99,9 +99,10 @@ class CudaVecEnv(ChunkEnv):
         return {name: value.copy() for name, value in self._obs.items()}, info
 
     def step(self, chunk: np.ndarray) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray, dict]:
-        chunk = self._step_argument(chunk)
+        chunk, lost = self._step_argument(chunk)
+        self._running &= ~lost
         reward, steps = np.zeros(self.num_envs, np.float32), np.zeros(self.num_envs, int)
-        terminated, truncated = ~self._running & self._success, np.zeros(self.num_envs, bool)
+        terminated, truncated = ~self._running & self._success, lost.copy()
         with torch.no_grad():
             for i in range(chunk.shape[1]):
                 if not self._running.any():
@@ -126,7 +127,7 @@ class CudaVecEnv(ChunkEnv):
             if steps.any():
                 self._observe_state(self._running, info)
                 self._observe_images(steps > 0)
-        info = dict(success=self._success.copy(), steps=steps, lost=np.zeros(self.num_envs, bool))
+        info = dict(success=self._success.copy(), steps=steps, lost=lost)
         return {name: value.copy() for name, value in self._obs.items()}, reward, terminated, truncated, info
 
     def render(self, slots: Iterable[int] | None = None) -> list[np.ndarray]:
