@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-JSON_BYTES, JSON_NAMES, MESSAGE = 4 << 20, 10_000, 20_000
+JSON_BYTES, JSON_NAMES, MESSAGE = 2 << 20, 10_000, 20_000
 """limits: bytes of a JSON file and names in one of its objects (an index of π0 has 0.1 MB and 800), characters of an error"""
 FLOATS = ("F64", "F32", "F16", "BF16")
 """types of stored weights; integers and 8-bit floats need a scale, which no known layout has"""
@@ -248,7 +248,7 @@ def regular(path: str | Path, limit: int | None = None, what: str = "") -> Path:
         kind = "a folder" if os.path.isdir(path) else "no regular file" if os.path.lexists(path) else "not there"
         raise CheckpointError(f"{what}{path} cannot be read: it is {kind}; expected a file")
     if limit is not None and (size := os.path.getsize(path)) > limit:
-        raise CheckpointError(f"{what}{path} has {size:,} bytes; expected at most {limit:,}, so it is something else")
+        raise CheckpointError(f"{what}{path} cannot be read: it has {size:,} bytes; expected at most {limit:,}")
     return Path(path)
 
 
@@ -303,7 +303,7 @@ T = TypeVar("T")
 class Declared(BaseModel):
     """Entries of a JSON object by type, to be subclassed. Nothing is converted; `model_extra` has what is not declared."""
 
-    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
+    model_config = ConfigDict(strict=True, extra="allow")
 
 
 class Index(Declared):
