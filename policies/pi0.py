@@ -447,13 +447,16 @@ class Pi0(nn.Module):
         obs: dict[str, np.ndarray],
         instructions: list[str],
         num_steps: int | None = None,
-        generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
     ) -> np.ndarray:
-        """Observations (see Processor) and B instructions -> action chunks (B, H, A_raw) in the environment's units."""
+        """Observations (see Processor) and B instructions -> action chunks (B, H, A_raw) in the environment's units.
+
+        noise: (B, H, A) that the solver starts from; default: drawn from torch's generator.
+        """
         images, image_mask, tokens, token_mask, state = self.processor(obs, instructions)
         prefix = self.encode_prefix(images, image_mask, tokens, token_mask)
-        shape = (len(state), self.config.horizon, self.config.action_dim)
-        noise = torch.randn(shape, generator=generator, device=state.device)
+        if noise is None:
+            noise = torch.randn(len(state), self.config.horizon, self.config.action_dim, device=state.device)
         return self.processor.unnormalize_actions(self.sample(prefix, state, noise, num_steps).cpu().numpy(), obs["state"])
 
     # ---------------------------------------------------------------- training and precision
