@@ -180,19 +180,8 @@ def describe(folder: Path, weights: Weights, content: dict, kind: str, needs_sta
             raise CheckpointError(f"{where}: n_action_steps is {config.n_action_steps}, more than chunk_size {config.chunk_size}")
         found.meta["execute"] = config.n_action_steps
 
-    refused = [
-        f"{name} is {short(content[name])} ({why})" for name, (value, why) in REFUSED.items() if differs(content, name, value)
-    ]
-    found.notes += [f"{name} is not followed" for name, value in TOLD.items() if differs(content, name, value)]
-    found.notes += [f"{short(name)} is not known" for name in config.model_extra if name not in {*REFUSED, *TOLD, *HARMLESS}]
-    seeing = [name for name in cameras if "empty" not in name]
-    if seeing != sorted(seeing, key=lambda name: "wrist" in name):
-        found.notes.append(f"pictures are expected in the order {', '.join(seeing)}")
-    side = layouts.sizes(weights, 1).get("image_size")
-    for resolution in (config.image_resolution, config.resize_imgs_with_padding):
-        if resolution not in (None, [side, side]):
-            refused.append(f"pictures are fitted to {short(resolution)} (the vision tower takes {side})")
-
+    refused: list[str] = []
+    look_through(config, content, cameras, layouts.sizes(weights, 1).get("image_size"), refused, found.notes)
     steps = {**pipeline(folder / "policy_preprocessor.json", refused), **pipeline(folder / "policy_postprocessor.json", refused)}
     modes = scalings(config, steps, kind, refused, found.notes)
     if cameras and modes["VISUAL"] != "IDENTITY":
@@ -230,6 +219,23 @@ def describe(folder: Path, weights: Weights, content: dict, kind: str, needs_sta
                 raise CheckpointError(f"{folder}: {name} has {len(stats)} statistics, but {widths[name]} dimensions in config.json")
             setattr(found, own, stats)
     return found
+
+
+def look_through(
+    config: Config, content: dict, cameras: list[str], side: int | None, refused: list[str], notes: list[str]
+) -> None:
+    """Add what `config.json` asks for and is not followed to `refused` or to `notes`. side: of the vision tower's pictures."""
+    refused += [
+        f"{name} is {short(content[name])} ({why})" for name, (value, why) in REFUSED.items() if differs(content, name, value)
+    ]
+    for resolution in (config.image_resolution, config.resize_imgs_with_padding):
+        if resolution not in (None, [side, side]):
+            refused.append(f"pictures are fitted to {short(resolution)} (the vision tower takes {side})")
+    notes += [f"{name} is not followed" for name, value in TOLD.items() if differs(content, name, value)]
+    notes += [f"{short(name)} is not known" for name in config.model_extra if name not in {*REFUSED, *TOLD, *HARMLESS}]
+    seeing = [name for name in cameras if "empty" not in name]
+    if seeing != sorted(seeing, key=lambda name: "wrist" in name):
+        notes.append(f"pictures are expected in the order {', '.join(seeing)}")
 
 
 def differs(content: dict, name: str, value: object) -> bool:
