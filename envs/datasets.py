@@ -95,8 +95,7 @@ def _libero(data: h5py.Group, file: Path, rotate: bool, cameras: Sequence[str] |
     told = info.get("language_instruction") if isinstance(info, dict) else None
     if not told or not all(isinstance(part, str) for part in told):
         raise EnvError(f"{file} lacks the instruction: no 'language_instruction' in the attribute 'problem_info' of /data")
-    for name in reading.numbered(data, "demo_"):
-        demo = reading.member(data, name)
+    for _, demo in reading.members(data, reading.numbered(data, "demo_")):
         obs, action = reading.member(demo, "obs"), reading.array(demo, "actions")
         if (rows := reading.attribute(demo, "num_samples")) not in (None, len(action)):
             raise EnvError(f"{file}: {demo.name} has {len(action)} actions, its attribute 'num_samples' says {rows}")
@@ -130,8 +129,8 @@ def _maniskill(opened: h5py.File, file: Path, cameras: Sequence[str] | None) -> 
         if told.keys() != set(trajectories) or len(told) != len(listed):
             raise EnvError(f"{sidecar} describes {len(listed)} episodes, not the {len(trajectories)} of {file.name}: one of the "
                            "two is incomplete")
-    for name in trajectories:
-        trajectory, row = reading.member(opened, name), told.get(name, {})
+    for name, trajectory in reading.members(opened, trajectories):
+        row = told.get(name, {})
         action = reading.array(trajectory, "actions", advice)
         if (steps := reading.entry(row, "elapsed_steps", int, f"{sidecar}: episodes", len(action))) != len(action):
             raise EnvError(f"{file}: {name} has {len(action)} actions, {sidecar.name} says {steps}")

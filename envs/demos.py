@@ -181,8 +181,7 @@ def episodes(path: Path, cameras: Sequence[str] | None = None) -> Iterator[dict]
             raise EnvError(f"{path} holds no episodes")
         if groups != [f"episode_{i}" for i in range(len(file))]:
             raise EnvError(f"{path} holds {len(file)} entries, which are not episode_0 to episode_{len(file) - 1}")
-        for name in groups:
-            episode = reading.member(file, name)
+        for name, episode in reading.members(file, groups):
             arrays = {column: reading.array(episode, column) for column in ARRAYS}
             image = arrays["image"]
             if image.ndim != 5 or (image.size and image.dtype != np.uint8):

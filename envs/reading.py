@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import resource
 import signal
 import stat
 import tempfile
@@ -36,6 +37,10 @@ PACKED = 1032
 PATIENCE = 30
 """s of computing, with neither an array nor a picture nor an episode to show for it, after which a reader ends: HDF5 goes in
 circles in some damaged files. A slow disk costs no computing."""
+
+ROOM = 2**26
+"""bytes that HDF5 may take beside four times the arrays of an episode, the last copy of which goes to the policy: in a damaged file
+it can ask for any number"""
 
 MAX_PIXELS = 4096 * 2304
 """of a picture: what a camera delivers, and no more than a damaged header may ask memory for"""
@@ -99,6 +104,17 @@ def alive() -> None:
     """Say that there is progress: the clock of a process that reads starts anew."""
     if signal.getitimer(signal.ITIMER_PROF)[0]:
         signal.setitimer(signal.ITIMER_PROF, PATIENCE)
+
+
+def allow(size: int, anew: bool = False) -> None:
+    """Let a process that reads take so many bytes more than it was allowed to, or, anew, than it has."""
+    if signal.getitimer(signal.ITIMER_PROF)[0]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        if anew:
+            soft = resource.getpagesize() * int(Path("/proc/self/statm").read_text().split()[5])
+        if soft != resource.RLIM_INFINITY:
+            soft += size
+            resource.setrlimit(resource.RLIMIT_DATA, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
 
 
 def main(pipe: int, *columns: int) -> None:
@@ -272,8 +288,10 @@ def entry(content: dict, name: str, kind: type | tuple[type, ...], place: str | 
 
 @contextlib.contextmanager
 def hdf5(file: Path) -> Iterator[h5py.File]:
-    with naming(file), h5py.File(regular(file)) as opened:
-        yield opened
+    with naming(file):
+        allow(ROOM, anew=True)
+        with h5py.File(regular(file)) as opened:
+            yield opened
 
 
 def has(group: h5py.Group, name: str) -> bool:
@@ -292,6 +310,13 @@ def member(group: h5py.Group, name: str, advice: str = "") -> h5py.Group | h5py.
     return group[name]
 
 
+def members(group: h5py.Group, names: Iterable[str]) -> Iterator[tuple[str, h5py.Group | h5py.Dataset]]:
+    """Name and member in turn: episodes, each of which has its own room in memory."""
+    for name in names:
+        allow(ROOM, anew=True)
+        yield name, member(group, name)
+
+
 def array(group: h5py.Group, name: str, advice: str = "") -> np.ndarray:
     """A dataset of numbers, which must not claim to be larger than what is stored of it."""
     alive()
@@ -306,6 +331,7 @@ def array(group: h5py.Group, name: str, advice: str = "") -> np.ndarray:
     size = max(math.prod(shape) for shape in (dataset.shape, dataset.chunks or ())) * dataset.dtype.itemsize
     if math.prod(dataset.shape) and (stored > there or size > stored * (PACKED if filters else 1)):
         raise EnvError(f"{place} claims {size / 1e6:.1f} MB, more than the file holds: it is damaged or incomplete")
+    allow(4 * size)
     return dataset[()]
 
 
