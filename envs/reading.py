@@ -34,7 +34,7 @@ COLUMNS = dict(image=np.uint8, state=np.float32, action=np.float32, objects=np.f
 PACKED = 1032
 """How many times larger than what is stored an array can be: the most that deflate, the strongest of HDF5's filters, achieves."""
 
-PATIENCE = 30
+PATIENCE = 20
 """s of computing, with neither an array nor a picture nor an episode to show for it, after which a reader ends: HDF5 goes in
 circles in some damaged files. A slow disk costs no computing."""
 
