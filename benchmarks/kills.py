@@ -2,8 +2,8 @@
 
 Trains each algorithm once in peace, and once with interruptions of every kind, after each of which it goes on with --resume: killed
 (SIGKILL) at random moments and at single file operations of its saves, a disk that is full after a random number of bytes (a tmpfs,
-which root alone can mount), SIGTERM, Ctrl-C. At the end all tensors of both (weights, Adam's moments, generators) and all evaluations
-are compared. Writes results/kills.json.
+for which one has to be root), SIGTERM, Ctrl-C. At the end all tensors of both (weights, moments, rng) and evaluations are
+compared. Writes results/kills.json.
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ def interrupt(algo: str, folder: Path, options: list[str], kind: str, draw: rand
     run = run_folder(folder)
     number = draw.randint(1, 60) if kind == "operation" else 0
     if kind == "full disk":
-        resize(folder, used(folder / "runs") + int(draw.random() * (used((run / "checkpoints" / "last").resolve()) if run else 20e6)))
+        checkpoint = used((run / "checkpoints" / "last").resolve()) if run else 2e7
+        resize(folder, used(folder / "runs") + int(checkpoint * draw.random()))
     process = start(algo, folder, ["--resume", str(run)] if run else options, number)
     if kind not in ("operation", "full disk"):
         log, bar = folder / "log.txt", f"{algo.split('_')[0].upper()}:".encode()
