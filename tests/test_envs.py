@@ -622,15 +622,40 @@ def test_evaluation_counts_every_episode_once(pool, solved):
     assert nothing.rate == 0 and nothing.steps.tolist() == [50] * 3 and nothing.seeds[0] == envs.EVAL_SEED
 
 
-def test_a_recorded_video_plays_and_its_frame_tells_the_outcome(eyes, solved, tmp_path):
+class Plague:
+    """The policy, and one of the pool's workers killed, or stopped, at some of its turns."""
+
+    def __init__(self, policy: Replay, pool, signals: dict[int, signal.Signals]):
+        self.policy, self.pool, self.signals, self.turn = policy, pool, signals, 0
+
+    def __call__(self, *seen) -> np.ndarray:
+        if self.turn in self.signals:
+            os.kill(self.pool._workers[self.turn % 2].process.pid, self.signals[self.turn])
+        self.turn += 1
+        return self.policy(*seen)
+
+
+def test_evaluation_does_not_depend_on_workers_that_die(pool, solved, monkeypatch):
+    monkeypatch.setattr(pool, "step_timeout", 2.0)
+    policy, options = Replay(solved, 8), dict(execute=8, seed=10)
+    quiet = evaluation.evaluate(pool, policy, 6, **options)
+    with pytest.warns(UserWarning, match="is replaced"):
+        ill = evaluation.evaluate(pool, Plague(policy, pool, {1: signal.SIGKILL, 3: signal.SIGSTOP}), 6, **options)
+    assert quiet.success.any() and (quiet.repeated, ill.repeated > 1) == (0, True)
+    for name in ("success", "steps", "seeds", "actions"):
+        np.testing.assert_array_equal(getattr(quiet, name), getattr(ill, name))
+
+
+def test_a_film_of_an_evaluation_plays_and_tells_the_outcomes(eyes, solved, tmp_path):
     episode = solved[0]
-    outcome = films.record(eyes, Replay([episode], 8), tmp_path / "new" / "pick.mp4", execute=8, seed=episode["seed"], fps=10)
-    assert outcome[0] is True and len(outcome) == 2
+    result = evaluation.evaluate(eyes, Replay([episode], 8), 2, execute=8, seed=episode["seed"])
+    films.record(eyes, result, tmp_path / "new" / "pick.mp4", "PickCube")
     film = iio.imread(tmp_path / "new" / "pick.mp4")  # (T, H, W, 3)
-    assert film.shape[2:] == (512, 3) and film.shape[1] == 256
-    assert len(film) == 1 + (len(episode["action"]) if outcome[1] else 50) + 10  # the start, each step, a second at the end
-    red, green, _ = film[-1, 100:150, 1].mean(0)
-    assert green > red + 50  # the left environment has succeeded
+    side, steps = eyes.spec.video_size, max(result.steps)
+    assert result.success[0] and film.shape[2] == 2 * side + 12 and len(film) == 1 + steps + 30  # at its end there is time to read
+    green, background = np.array(films.GREEN), np.array((20, 20, 20))
+    edge = film[-1, film.shape[1] // 2, 5].astype(int)  # of the left tile
+    assert np.abs(edge - green).max() < 60 < np.abs(edge - background).max()
     assert np.abs(film[0].astype(float) - film[-1]).mean() > 1  # and something has moved
 
 

@@ -7,6 +7,7 @@ import re
 import shutil
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 from xml.etree import ElementTree
 
@@ -14,6 +15,7 @@ import chromium
 import imageio.v3 as iio
 import numpy as np
 import pytest
+import torch
 import tyro
 from scipy.stats import binomtest, t
 from test_main import checkpoints, one_thread, only_run, refusal, run  # noqa: F401 (two are fixtures)
@@ -72,6 +74,37 @@ def test_lost_episodes_are_played_again_and_never_count_as_failures():
         assert (result.actions[:, :4, 0] == [1, 2, 1, 2]).all() and not result.actions[:, 4:].any()
     with pytest.raises(envs.EnvError, match="seed 103 lost its worker 3 times"):
         evaluation.evaluate(Mortal({103: 3}), act, 4, execute=2, seed=100)
+
+
+def test_an_episode_has_its_noise_whatever_is_played_beside_it():
+    """Two policies share the noise of every episode, however soon others of theirs end."""
+
+    class Policy(torch.nn.Module):
+        config = SimpleNamespace(horizon=3, action_dim=2)
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def act(self, obs, instructions, num_steps, noise):
+            return noise.numpy()
+
+    act = evaluation.by_ode(Policy(), 4)
+    turns = np.array([[100, 0], [101, 0], [102, 0], [101, 1]])
+    together = act({}, ["go"] * 4, turns)
+    assert np.array_equal(together[[1, 3]], act({}, ["go"] * 2, turns[[1, 3]])) and abs(together.mean()) < 0.7
+    assert len(np.unique(together)) == together.size
+
+
+def test_a_policy_that_has_diverged_says_so():
+    """Actions that are no numbers end an episode as a failure; where there are no others there is nothing to report."""
+    bad = lambda obs, text, turns: np.where(np.isin(turns[:, 0], seeds)[:, None, None], np.nan, np.ones((len(text), 2, 2)))
+    seeds = [101, 105]
+    result = evaluation.evaluate(Mortal({}), bad, 8, execute=2, seed=100)
+    assert result.success.tolist() == [True, False, True, True, True, False, True, True] and result.broken == 2
+    seeds = range(100, 108)
+    with pytest.raises(envs.EnvError, match="diverged"):
+        evaluation.evaluate(Mortal({}), bad, 8, execute=2, seed=100)
 
 
 # ------------------------------------------------------------------------------------------------------------- the statistics

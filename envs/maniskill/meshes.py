@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import os
 import tempfile
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -57,10 +58,14 @@ def simplify(path: str, keep: float) -> str:
         flat.vertex_normals = np.repeat(joined.face_normals, 3, axis=0)
         flat.visual = trimesh.visual.TextureVisuals(material=mesh.visual.material)
         light.add_geometry(flat, geom_name=name, transform=scene.graph.get(scene.graph.geometry_nodes[name][0])[0])
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=copy.parent, suffix=".glb", delete=False) as file:
-        file.write(light.export(file_type="glb"))
-    os.replace(file.name, copy)  # atomic: several workers may write the same copy at once
+    try:
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=copy.parent, suffix=".glb", delete=False) as file:
+            file.write(light.export(file_type="glb"))
+        os.replace(file.name, copy)  # atomic: several workers may write the same copy at once
+    except OSError as error:
+        warnings.warn(f"no lighter meshes, rendering is slower: {error}; give a folder of yours in XDG_CACHE_HOME", stacklevel=2)
+        return path
     return str(copy)
 
 
