@@ -1,7 +1,7 @@
 """Does a long run need more and more memory? python benchmarks/flat_memory.py
 
-Trains for many short iterations with evaluations and checkpoints, and reads what the program and each of its workers hold (resident,
-from /proc, Linux alone) every few seconds. Writes the series and its medians to results/flat_memory.json.
+Trains for many short iterations with evaluations and checkpoints, and reads what the program and its workers hold (resident, from
+/proc: Linux alone) every few seconds. Writes the series and its medians to results/flat_memory.json.
 """
 
 from __future__ import annotations

@@ -58,15 +58,16 @@ runpy.run_path(program, run_name="__main__")
 class Args:
     algos: tuple[str, ...] = ("stepnft_pi0", "ppo")
     """algorithm files"""
-    moments: int = 12
+    moments: int = 10
     """SIGKILLs at random moments"""
-    operations: int = 8
+    operations: int = 6
     """SIGKILLs at a random one of a save's file operations"""
-    full: int = 4
+    full: int = 2
     """full disks"""
-    signals: int = 2
+    signals: int = 1
     """of SIGTERM and of SIGINT (Ctrl-C) each"""
-    options: str = "--obs-mode state --iterations 16 --save-every 1 --eval-every 6 --eval-episodes 64 --no-video"
+    options: str = ("--obs-mode state --iterations 12 --save-every 1 --eval-every 5 --eval-episodes 32 --final-eval-episodes 64 "
+                    "--no-video")
     """of the programs; all else is the default"""
     seed: int = 1
     """of the interruptions"""
