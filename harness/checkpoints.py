@@ -161,7 +161,7 @@ def restore(
     stored = policies.read_json(path / "training.json")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     try:
-        tensors = load_file(path / "training.safetensors")
+        tensors = load_file(policies.inside(path, "training.safetensors", path))
         torch.set_rng_state(tensors.pop("torch_rng"))
         if (cuda := tensors.pop("cuda_rng", None)) is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(cuda)
@@ -240,10 +240,10 @@ def _all(parent: Path) -> list[Path]:
 def _damage(path: Path) -> str | None:
     """What is wrong with a checkpoint's files, in a few words; None where they are as they were written."""
     try:
-        files = json.loads((path / MANIFEST).read_text())["sha256"]
-        if changed := [name for name, known in files.items() if digest(path / name) != known]:
+        files = policies.read_json(path / MANIFEST)["sha256"]
+        if changed := [name for name, known in files.items() if digest(policies.inside(path, name, path / MANIFEST)) != known]:
             return f"{', '.join(changed)} changed since it was written"
-        state = typed(State, (path / "training.json").read_text(), "training.json: ".__add__, depth=4)
+        state = typed(State, policies.inside(path, "training.json", path).read_text(), "training.json: ".__add__, depth=4)
         np.random.PCG64().state = state.numpy_rng
     except (OSError, RunError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         return str(error) or type(error).__name__

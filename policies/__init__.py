@@ -11,9 +11,9 @@ from pi_stepnft.policies.lora import add_lora
 from pi_stepnft.policies.pi0 import Inputs, Pi0, Pi0Config, Prefix
 from pi_stepnft.policies.pi05 import Pi05, Pi05Config
 from pi_stepnft.policies.processor import NormStats, Processor, Tokenizer
-from pi_stepnft.policies.weights import CheckpointError, load_weights, read_json
+from pi_stepnft.policies.weights import CheckpointError, inside, load_weights, read_json
 
 __all__ = [
     "CheckpointError", "Inputs", "NormStats", "Pi0", "Pi05", "Pi05Config", "Pi0Config", "Prefix", "Processor", "Tokenizer",
-    "add_lora", "bundled", "export", "load", "load_weights", "read_json", "save",
+    "add_lora", "bundled", "export", "inside", "load", "load_weights", "read_json", "save",
 ]

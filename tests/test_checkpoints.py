@@ -3,6 +3,7 @@
 import copy
 import errno
 import itertools
+import json
 import os
 import shutil
 import sys
@@ -195,6 +196,28 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     with pytest.raises(policies.CheckpointError, match="NaN"):
         training.save()
     assert same(Training(tmp_path).resume().facts(), before)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "training.json", "training.safetensors", "policy/config.json"])
+def test_what_is_no_file_is_damage_and_not_waited_for(name, tmp_path, capsys):
+    training = Training(tmp_path).step()
+    training.save()
+    training.step().save()
+    file = tmp_path / "checkpoints" / "000002" / name
+    file.unlink()
+    os.mkfifo(file)
+    assert checkpoints.newest(tmp_path).name == "000001"
+    assert "000002 is damaged" in capsys.readouterr().out
+
+
+def test_a_manifest_names_no_file_of_another_folder(tmp_path, capsys):
+    Training(tmp_path).step().save()
+    manifest = tmp_path / "checkpoints" / "000001" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["sha256"]["../../secret"] = ""
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(policies.CheckpointError, match="holds no checkpoint to go on with: .*'../../secret', outside its folder"):
+        checkpoints.newest(tmp_path)
 
 
 def test_a_run_without_a_checkpoint(tmp_path):

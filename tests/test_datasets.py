@@ -26,8 +26,7 @@ SIZE, LENGTHS = 32, (5, 3)
 TEXTS = "pick up the bowl", "open the drawer"
 
 
-@pytest.fixture
-def episodes() -> list[dict]:
+def make_episodes() -> list[dict]:
     """Two episodes of two cameras, each picture a plain ramp that no codec distorts much and no flip leaves as it was."""
     rng = np.random.default_rng(0)
     ramp = np.linspace(20, 200, SIZE).astype(np.uint8)
@@ -39,6 +38,11 @@ def episodes() -> list[dict]:
         )
         for T, text in zip(LENGTHS, TEXTS)
     ]
+
+
+@pytest.fixture
+def episodes() -> list[dict]:
+    return make_episodes()
 
 
 def same(data: demos.Demos, episodes: list[dict], texts=TEXTS, tolerance: float = 0) -> None:

@@ -8,9 +8,10 @@ import shutil
 import huggingface_hub
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from pi_stepnft import policies
 from pi_stepnft.policies import CheckpointError, NormStats, Pi0, Pi0Config, Pi05, Pi05Config, Processor, Tokenizer
@@ -110,6 +111,26 @@ def write_openpi(folder, policy, layout="openpi", asset="assets/some-lab/libero"
     return folder
 
 
+def write_shards(folder):
+    """Split the weights of a folder in two."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(sorted(tensors))}
+    for file in set(weight_map.values()):
+        save_file({name: tensors[name] for name in weight_map if weight_map[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def write_tokenizer(folder):
+    """A tokenizer.json of a few words."""
+    words = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3, "pick": 4, "the": 5, "cube": 6, "\n": 7, " ": 8}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Split(" ", "isolated")
+    model.post_processor = tokenizers.processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    model.save(str(folder / "tokenizer.json"))
+
+
 def write_lerobot(folder, policy, steps=True, mode=None, relative=None, stats=None):
     """A lerobot folder: `steps` writes processor files, else the statistics lie among the weights as before 0.4."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -160,13 +181,7 @@ def test_every_key_layout_gives_the_same_policy(kind, layout, tmp_path):
 
 def test_shards_are_read_through_their_index(tmp_path):
     policy = make_policy()
-    folder = write_openpi(tmp_path / "p", policy)
-    (folder / "model.safetensors").unlink()
-    tensors = tensors_of(policy)
-    weight_map = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(sorted(tensors))}
-    for file in set(weight_map.values()):
-        save_file({name: tensors[name] for name in weight_map if weight_map[name] == file}, folder / file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    folder = write_shards(write_openpi(tmp_path / "p", policy))
     assert np.array_equal(act(policies.load(folder, **UNSEEN, **REST)), act(policy))
     (folder / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(CheckpointError, match="names model-00002-of-00002.safetensors, which .* lacks"):
@@ -512,17 +527,11 @@ def test_processor_options_survive_our_own_checkpoints(tmp_path):
 
 
 def test_tokenizer_json_beside_the_weights_or_given(tmp_path):
-    import tokenizers
-
-    words = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3, "pick": 4, "the": 5, "cube": 6, "\n": 7, " ": 8}
-    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
-    model.pre_tokenizer = tokenizers.pre_tokenizers.Split(" ", "isolated")
-    model.post_processor = tokenizers.processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
     policy = make_policy()
     folder = write_openpi(tmp_path / "p", policy, tokenizer=False)
     with pytest.raises(CheckpointError, match="holds no tokenizer; pass tokenizer="):
         policies.load(folder, **UNSEEN, **REST)
-    model.save(str(folder / "tokenizer.json"))
+    write_tokenizer(folder)
     loaded = policies.load(folder, **UNSEEN, **REST)
     assert loaded.processor.tokenizer.encode("pick the cube") == [2, 4, 8, 5, 8, 6, 7]
     given = policies.load(folder, tokenizer=TINY_TOKENIZER, **UNSEEN, **REST)
