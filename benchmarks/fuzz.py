@@ -217,7 +217,7 @@ def main(args: Args) -> None:
     envs.simulator("PickCube-v1").instruction("PickCube-v1")  # what they import is imported once, not in each process
     policies.load("pi0-tiny-pickcube-rgb")
     for folder in (SCRATCH, *map(WORK.joinpath, chosen)):
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
     for kind in chosen:
         in_a_fork(lambda tell, kind=kind: KINDS[kind][0](WORK / kind))
     found = {kind: dict(cases=0, outcomes=Counter(), worst_s=0.0, worst_mb=0.0, failures=[]) for kind in chosen}
