@@ -128,7 +128,9 @@ WAYS = {".json": spoil_json, ".jsonl": spoil_json, ".safetensors": spoil_json, "
 def spoil(folder: Path, draw: random.Random, outside: str) -> None:
     """Damage one file of a folder, or two. outside: path of a file that nothing in the folder has a right to."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not any(map(Path.is_symlink, path.parents)))
-    for file in draw.choices(files, k=draw.choice([1, 1, 1, 2])):
+    names = sorted({file.name for file in files})
+    for name in draw.choices(names, k=draw.choice([1, 1, 1, 2])):
+        file = draw.choice([file for file in files if file.name == name])
         with contextlib.suppress(Exception):  # what a library, or the damage before, does not permit is not done
             draw.choice([*[WAYS.get(file.suffix, spoil_bytes)] * 5, *[spoil_bytes] * 4, spoil_whole])(file, draw, outside)
     for manifest in folder.glob("checkpoints/0*/manifest.json") if draw.random() < 0.7 else ():  # as if it had been saved like this
