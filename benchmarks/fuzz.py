@@ -49,7 +49,7 @@ LIMIT, ROOM = 120, 100e6
 """s of a case (a reader of demonstrations ends itself after 20 of computing for nothing); bytes of memory beside twice the files"""
 ROOT = Path(__file__).resolve().parents[1]
 WORK = Path(tempfile.mkdtemp(prefix="fuzz-"))
-CASE, OUTSIDE, SCRATCH = WORK / "case", WORK / "outside", WORK / "scratch"
+CASE, OUTSIDE, SCRATCH = WORK / "case", WORK / "outside", WORK / "scratch"  # names of one length, or damage would not repeat
 WRITABLE = [str(SCRATCH), "/dev/null", "/proc/self"]
 READABLE = [*WRITABLE, "/proc/stat", str(CASE), str(ROOT), sys.prefix, sys.base_prefix, *filter(None, sys.path)]
 
