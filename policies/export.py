@@ -132,9 +132,8 @@ def to_lerobot(policy: Pi0, folder: Path, dtype: str | None, cameras: Sequence[s
     tokenizer_name = tokenizer_name or (PALIGEMMA_NAME if is_paligemma else str(folder.resolve()))
 
     picture = dict(type="VISUAL", shape=[3, c.image_size, c.image_size])
-    inputs = {f"observation.images.{name}": picture for name in cameras} | {
-        "observation.state": dict(type="STATE", shape=[states])
-    }
+    inputs = {f"observation.images.{name}": picture for name in cameras}
+    inputs["observation.state"] = dict(type="STATE", shape=[states])
     outputs = dict(action=dict(type="ACTION", shape=[actions]))
     mode = lerobot.OWN[c.type]
     modes = dict(VISUAL="IDENTITY", STATE=mode, ACTION=mode)
@@ -157,9 +156,8 @@ def to_lerobot(policy: Pi0, folder: Path, dtype: str | None, cameras: Sequence[s
 
     # The steps of lerobot's own pipelines in their order, which differs between its two policies.
     scaling = dict(eps=0.0, features=inputs | outputs, norm_map=modes)
-    first, device = [step("rename_observations_processor", rename_map={}), step("to_batch_processor")], step(
-        "device_processor", device="cpu", float_dtype=None
-    )
+    first = [step("rename_observations_processor", rename_map={}), step("to_batch_processor")]
+    device = step("device_processor", device="cpu", float_dtype=None)
     prompt = step(
         "tokenizer_processor", tokenizer_name=tokenizer_name, max_length=c.max_token_len, task_key="task", padding_side="right",
         padding="max_length", truncation=True,
