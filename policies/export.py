@@ -69,7 +69,7 @@ def export(
     if layout == "lerobot":
         tensors = {f"model.{name}": tensor for name, tensor in tensors.items()}
     tokenizer = policy.processor.tokenizer
-    writers[checkpoint.tokenizer_file(tokenizer)] = lambda path: path.write_bytes(tokenizer.serialized)
+    writers.setdefault(checkpoint.tokenizer_file(tokenizer), lambda path: path.write_bytes(tokenizer.serialized))
     writers |= card.writer(policy, folder)
     writers["model.safetensors"] = lambda path: save_file(tensors, path, metadata={"format": "pt"})
     checkpoint.write_files(folder, writers)

@@ -539,6 +539,11 @@ def test_tokenizer_json_beside_the_weights_or_given(tmp_path):
     assert given.processor.tokenizer.encode("pick the cube") == Tokenizer().encode("pick the cube")
     policies.save(loaded, tmp_path / "ours")
     assert policies.load(tmp_path / "ours").processor.tokenizer.encode("the cube") == [2, 5, 8, 6, 7]
+    from transformers import AutoTokenizer
+
+    policies.export(loaded, tmp_path / "lerobot", layout="lerobot")
+    assert policies.load(tmp_path / "lerobot").processor.tokenizer.encode("the cube") == [2, 5, 8, 6, 7]
+    assert AutoTokenizer.from_pretrained(tmp_path / "lerobot")("the cube")["input_ids"] == [2, 5, 8, 6]
     edit(folder / "tokenizer.json", lambda t: t["model"].update(unk_token="gone"))
     with pytest.raises(CheckpointError, match="tokenizer.json: .*UNK.*expected a sentencepiece .model or a tokenizer.json"):
         policies.load(folder, **UNSEEN, **REST)
