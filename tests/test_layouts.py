@@ -647,6 +647,18 @@ def test_exported_for_lerobot_is_read_back_to_the_same_policy(kind, options, tmp
     assert theirs.config == edited.config and np.allclose(act(theirs), act(policy), atol=1e-3)
 
 
+@pytest.mark.parametrize("content, message", [
+    ("{", "pi_stepnft.json is not readable JSON"),
+    ("{}", "pi_stepnft.json has format_version None; expected 1"),
+    ('{"format_version": 1, "type": "pi0", "model": {}}', "pi_stepnft.json: lacks the entry processor"),
+])
+def test_our_description_beside_lerobots_files_is_checked_as_any(content, message, tmp_path):
+    policies.export(make_policy(), tmp_path, layout="lerobot")
+    (tmp_path / "pi_stepnft.json").write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        policies.load(tmp_path)
+
+
 @pytest.mark.parametrize("kind", TYPES)
 def test_lerobots_own_formulas_scale_as_we_do(kind, tmp_path):
     rng = np.random.default_rng(0)
