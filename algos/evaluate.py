@@ -68,7 +68,7 @@ class Args:
     eval_seed: Seed = envs.EVAL_SEED
     """first seed; choose settings on others (envs.TUNING_SEED) than those you report on"""
     num_envs: Batch = 64
-    """environments side by side; the noise of an episode depends on it: as in training for the same outcomes"""
+    """environments side by side; as in training for the same outcomes, as rounding depends on it"""
     execute: SizeOrZero = 0
     """actions executed of each predicted chunk; 0: as in each checkpoint"""
     num_steps: SizeOrZero = 0
@@ -271,7 +271,7 @@ def main(args: Args) -> None:
         """Where the episodes of a checkpoint in an environment are kept, and all that they depend on."""
         settings = dict(
             sha256=c.digest, env_id=name, obs_mode=obs_mode, episodes=episodes, eval_seed=args.eval_seed,
-            num_envs=num_envs, execute=c.execute, num_steps=c.num_steps, versions=versions,
+            num_envs=num_envs, execute=c.execute, num_steps=c.num_steps, versions=versions, noise="by episode",
         ) | (dict(env_options=options) if options else {})
         return output / "episodes" / f"{harness.slug(name)}-{c.digest[:12]}.npz", json.dumps(settings)
 

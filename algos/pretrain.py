@@ -142,7 +142,7 @@ def main(args: Args) -> None:
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min((i + 1) / warmup, 0.5 * (1 + np.cos(np.pi * min(1, i / steps))))
     )
-    start = time.time()
+    start, origin = time.time(), harness.origin()
     with tqdm(range(steps), desc="pre-training") as bar:
         for step in bar:
             told, truth = tell(torch.randint(held_out, (args.batch_size,)))
@@ -155,7 +155,7 @@ def main(args: Args) -> None:
             if (step + 1) % 200 == 0 or step == steps - 1:
                 found = report()
                 bar.set_postfix(loss=f"{loss.item():.4f}", **{name: f"{value:.3f}" for name, value in found.items()})
-                made = dict(steps=step + 1) | (dict(episodes=len(data.start)) if rgb else {}) | found
+                made = dict(steps=step + 1) | (dict(episodes=len(data.start)) if rgb else {}) | found | origin
                 policy.meta = dict(env_id=args.env_id, obs_mode=args.obs_mode, pretraining=made)
                 policies.save(policy, args.output)
     print(f"{steps} steps, {(time.time() - start) / 60:.1f} min: held-out errors (median) {found}")

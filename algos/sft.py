@@ -196,6 +196,7 @@ def main(args: Args) -> None:
 
     policy.eval()
     made = dict(demos=len(data.start), steps=args.steps, seed=args.seed, train=args.train, base=args.base and Path(args.base).name)
+    made |= harness.origin()
     policy.meta = dict(env_id=args.env_id, obs_mode=args.obs_mode, execute=args.execute, num_steps=args.num_steps, sft=made)
     output = args.output or f"runs/{name}/policy"
     policies.save(policy, output)

@@ -66,8 +66,8 @@ class Args:
     """full disks"""
     signals: int = 1
     """of SIGTERM and of SIGINT (Ctrl-C) each"""
-    options: str = ("--obs-mode state --iterations 12 --save-every 1 --eval-every 5 --eval-episodes 32 --final-eval-episodes 64 "
-                    "--no-video")
+    options: str = ("--obs-mode state --num-envs 32 --rollout-epochs 1 --iterations 16 --save-every 1 --eval-every 5 "
+                    "--eval-episodes 32 --final-eval-episodes 64 --num-threads 1 --no-video")
     """of the programs; all else is the default"""
     seed: int = 1
     """of the interruptions"""

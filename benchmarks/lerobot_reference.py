@@ -8,6 +8,7 @@ on the way into the constructors of its layers.
 
 import importlib
 import importlib.util
+import re
 import subprocess
 import sys
 import types
@@ -18,25 +19,36 @@ from unittest import mock
 LEROBOT = "0.6.1"
 """release compared with; its networks ask for transformers 5.4 or 5.5. Releases before 0.5 need a patched transformers that is
 no package"""
+ROOT = Path(__file__).resolve().parents[1]
 REQUIREMENTS = ("torch==2.13.0", "transformers==5.5.4", "draccus", "numpy", "safetensors", "sentencepiece", "tyro")
 """what lerobot's two networks, our policies and the benchmarks need, and no more"""
 
 
-def run_in_venv(folder: Path) -> None:
-    """Return if this interpreter is that of the virtual environment; else make it, run this command there, and exit."""
+def whole_lerobot() -> tuple[str, ...]:
+    """What lerobot's policies and its evaluation need, and this project: lerobot's ranges, but for torch and torchvision."""
+    own = re.search(r"^dependencies = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)[1]
+    return (*REQUIREMENTS, *re.findall(r'"(.+?)"', own), "torchvision", "numpy<2.3", "draccus<0.12", "einops<0.9", "datasets<5",
+            "pandas<3", "pyarrow", "av<16", "jsonlines", "opencv-python-headless<4.14", "huggingface-hub<2", "termcolor")
+
+
+def run_in_venv(folder: Path, requirements: tuple[str, ...] = REQUIREMENTS, python: str = sys.executable) -> None:
+    """Return if this interpreter is that of the virtual environment; else make it, run this command there, and exit.
+
+    python: the interpreter that the environment is made by.
+    """
     folder = folder.resolve()
-    python = folder / "bin" / "python"
+    inside = folder / "bin" / "python"
     if Path(sys.prefix).resolve() == folder:
         return
     if not (folder / ".installed").exists():
-        print(f"installing lerobot {LEROBOT} and {', '.join(REQUIREMENTS)} into {folder}", flush=True)
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        pip = [python, "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
-        subprocess.run([*pip, *REQUIREMENTS], check=True)
+        print(f"installing lerobot {LEROBOT} and {', '.join(requirements)} into {folder}", flush=True)
+        subprocess.run([python, "-m", "venv", folder], check=True)
+        pip = [inside, "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
+        subprocess.run([*pip, *requirements], check=True)
         # Its metadata ask for Python 3.12; of what is imported here nothing does.
         subprocess.run([*pip, "--no-deps", "--ignore-requires-python", f"lerobot=={LEROBOT}"], check=True)
         (folder / ".installed").touch()
-    raise SystemExit(subprocess.run([python, *sys.argv]).returncode)
+    raise SystemExit(subprocess.run([inside, *sys.argv]).returncode)
 
 
 class StandIn(types.ModuleType):
@@ -63,17 +75,12 @@ def modelling(name: str) -> types.ModuleType:
     return importlib.import_module(f"lerobot.policies.{name}.modeling_{name}")
 
 
-def lerobot_network(policy, train_expert_only: bool = False):
-    """lerobot's `PI0Pytorch` or `PI05Pytorch` of this policy's type, sizes and weights, float32, in eval mode."""
-    from pi_stepnft.policies.checkpoint import published_name
-
-    c = policy.config
-    if c.heads != 8:
-        raise ValueError(f"heads is {c.heads}; lerobot's networks have 8 fixed in the code")
-    module = modelling(c.type)
+def sizes(module: types.ModuleType, c):
+    """A context in which lerobot's module `modeling_pi0` or `modeling_pi05` builds its networks in the sizes of a configuration
+    of ours, in place of those that its code has."""
 
     def gemma_sizes(variant: str):
-        width, mlp = (c.vlm_width, c.vlm_mlp) if variant == "vlm" else (c.expert_width, c.expert_mlp)
+        width, mlp = (c.vlm_width, c.vlm_mlp) if variant == "gemma_2b" else (c.expert_width, c.expert_mlp)
         return module.GemmaConfig(width, c.vlm_depth, mlp, c.heads, c.kv_heads, c.head_dim)
 
     def paligemma(config):
@@ -87,19 +94,31 @@ def lerobot_network(policy, train_expert_only: bool = False):
         return build_paligemma(config)
 
     def expert(config):
-        config.vocab_size = 8  # of a head that is not used
+        config.vocab_size = c.vocab_size  # of a head that is not used
         return build_expert(config)
 
     build_paligemma, build_expert = module.PaliGemmaForConditionalGenerationWithPiGemma, module.PiGemmaForCausalLM
+    return mock.patch.multiple(
+        module, get_gemma_config=gemma_sizes, PaliGemmaForConditionalGenerationWithPiGemma=paligemma, PiGemmaForCausalLM=expert
+    )
+
+
+def lerobot_network(policy, train_expert_only: bool = False):
+    """lerobot's `PI0Pytorch` or `PI05Pytorch` of this policy's type, sizes and weights, float32, in eval mode."""
+    from pi_stepnft.policies.checkpoint import published_name
+
+    c = policy.config
+    if c.heads != 8:
+        raise ValueError(f"heads is {c.heads}; lerobot's networks have 8 fixed in the code that computes a loss")
+    module = modelling(c.type)
     config = SimpleNamespace(
-        paligemma_variant="vlm", action_expert_variant="expert", dtype="float32", image_resolution=(c.image_size, c.image_size),
+        paligemma_variant="gemma_2b", action_expert_variant="gemma_300m", dtype="float32",
+        image_resolution=(c.image_size, c.image_size),
         freeze_vision_encoder=train_expert_only, train_expert_only=train_expert_only, compile_model=False, rtc_config=None,
         max_state_dim=c.state_dim, max_action_dim=c.action_dim, chunk_size=c.horizon, num_inference_steps=c.num_steps,
         min_period=c.min_period, max_period=c.max_period,
     )
-    with mock.patch.multiple(
-        module, get_gemma_config=gemma_sizes, PaliGemmaForConditionalGenerationWithPiGemma=paligemma, PiGemmaForCausalLM=expert
-    ):
+    with sizes(module, c):
         network = {"pi0": "PI0Pytorch", "pi05": "PI05Pytorch"}[c.type]
         network = getattr(module, network)(config)
 

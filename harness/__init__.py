@@ -35,6 +35,7 @@ from pi_stepnft.harness.run import (
     make_envs,
     one_line_errors,
     open_logs,
+    origin,
     run_name,
     set_up,
     slug,
@@ -46,5 +47,5 @@ __all__ = [
     "Averages", "Batch", "Count", "CountOrZero", "Positive", "PositiveOrZero", "Prefixes", "RLArgs", "Rows", "Run",
     "RunError", "Seed", "Share", "Size", "SizeOrZero", "TaskArgs", "Text", "TrainArgs", "adapt", "check", "check_fit",
     "check_task", "choose_device", "command", "command_line", "commit", "env_options", "make_envs",
-    "memory_gb", "one_line_errors", "open_logs", "parse", "run_name", "set_up", "slug", "task_name",
+    "memory_gb", "one_line_errors", "open_logs", "origin", "parse", "run_name", "set_up", "slug", "task_name",
 ]

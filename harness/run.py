@@ -101,6 +101,8 @@ class Run:
         trained_on = policy.meta.get("obs_mode", args.obs_mode)
         if trained_on != args.obs_mode:
             raise RunError(f"{self.checkpoint} acts in {trained_on} mode: add --obs-mode {trained_on}, or another --checkpoint")
+        known = policy.meta.get(self.algorithm) if self._resumed else None
+        self.origin = origin() | {name: known[name] for name in ("command", "commit") if isinstance(known, dict) and name in known}
         adapt(policy, args)
         args.iterations = args.iterations or ITERATIONS[policy.config.type]
         H, A = policy.config.horizon, policy.config.action_dim
@@ -301,9 +303,14 @@ class Run:
     def save(self) -> None:
         """Write all that --resume needs, and the curve's picture."""
         args = self.args
-        made = {"iteration": self.iteration, "env_steps": self.env_steps, "seed": args.seed}
-        for policy in self.trained.values():
-            policy.meta = policy.meta | {"execute": self.execute, "num_steps": args.num_steps, self.algorithm: made}
+        base = self.checkpoint if policies.layouts.is_hub_id(self.checkpoint) else Path(self.checkpoint).name
+        made = dict(base=base, iteration=self.iteration, env_steps=self.env_steps, seed=args.seed, **self.origin)
+        for index, policy in enumerate(self.trained.values()):
+            entry = dict(made)
+            if index == 0 and self.curve[-1]["iteration"] == self.iteration:  # it has been evaluated as it is now
+                entry |= {name: self.curve[-1][name] for name in ("success", "interval", "episodes")}
+            others = {name: value for name, value in policy.meta.items() if name != self.algorithm}  # the newest comes last
+            policy.meta = others | {"execute": self.execute, "num_steps": args.num_steps, self.algorithm: entry}
             if args.env_options:
                 policy.meta["env_options"] = list(args.env_options)
         progress = {field.name: getattr(self, field.name) for field in fields(checkpoints.Progress)}
@@ -483,6 +490,11 @@ def command_line() -> str:
     """The command that this program was called by, as it can be given again."""
     program = ["python", sys.argv[0]] if pi_stepnft.CHECKOUT else [command(Path(sys.argv[0]).stem)]
     return shlex.join([*program, *sys.argv[1:]])
+
+
+def origin() -> dict[str, str | None]:
+    """How a checkpoint came about, for its meta and its card."""
+    return dict(command=command_line(), commit=commit())
 
 
 def commit() -> str | None:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pi_stepnft.policies import layouts, lerobot, lora
+from pi_stepnft.policies import card, layouts, lerobot, lora
 from pi_stepnft.policies.pi0 import Pi0, Pi0Config
 from pi_stepnft.policies.pi05 import Pi05, Pi05Config
 from pi_stepnft.policies.processor import NormStats, Processor, Tokenizer
@@ -70,15 +70,29 @@ def save(policy: Pi0, folder: str | Path, dtype: str | None = None) -> None:
             "the policy has no processor; set policy.processor before saving, or the actions cannot be used"
         )
     tensors = published_tensors(policy, dtype, folder)
+    tokenizer, described = policy.processor.tokenizer, description(policy, folder)
+    write_files(folder, {
+        "config.json": lambda path: path.write_text(described),
+        tokenizer_file(tokenizer): lambda path: path.write_bytes(tokenizer.serialized),
+        **card.writer(policy, folder),
+        "model.safetensors": lambda path: save_file(tensors, path),
+    })
+
+
+def tokenizer_file(tokenizer: Tokenizer) -> str:
+    """What a tokenizer is called in a checkpoint."""
+    return f"tokenizer{tokenizer.path.suffix}"
+
+
+def description(policy: Pi0, folder: Path) -> str:
+    """All of a policy but its weights, as JSON. Raises CheckpointError, which names the folder, if its meta is not plain JSON."""
     processor = policy.processor
-    tokenizer = processor.tokenizer
-    copied = f"tokenizer{tokenizer.path.suffix}"
     config = {
         "format_version": FORMAT_VERSION,
         "type": policy.config.type,
         "model": policy.config.to_dict(),
         "processor": {
-            "tokenizer": copied,
+            "tokenizer": tokenizer_file(processor.tokenizer),
             "state": processor.state_stats.to_dict(),
             "actions": processor.action_stats.to_dict(),
             **processor.options(),
@@ -86,17 +100,11 @@ def save(policy: Pi0, folder: str | Path, dtype: str | None = None) -> None:
         "meta": policy.meta,
     }
     try:
-        text = json.dumps(config, indent=2, allow_nan=False) + "\n"
+        return json.dumps(config, indent=2, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
         raise CheckpointError(
             f"not saved to {folder}: policy.meta must be plain finite JSON values ({error})"
         ) from None
-
-    write_files(folder, {
-        "config.json": lambda path: path.write_text(text),
-        copied: lambda path: path.write_bytes(tokenizer.serialized),
-        "model.safetensors": lambda path: save_file(tensors, path),
-    })
 
 
 def published_tensors(policy: Pi0, dtype: str | None, folder: Path) -> dict[str, Tensor]:
@@ -250,6 +258,7 @@ class Policy(Declared):
     execute: Count = 1
     num_steps: Count = 1
     env_options: Annotated[list[str], Field(fail_fast=True)] = []
+    cameras: Annotated[list[str], Field(fail_fast=True)] = []
 
 
 class Prepared(layouts.Options):
@@ -278,13 +287,16 @@ def describe(folder: Path, weights: Weights, options: dict, needs_statistics: bo
     file = folder / "config.json"
     content = read_json(file) if os.path.lexists(file) else {}
     if "format_version" in content:
-        return own(folder, content)
+        return own(file, content)
     kind = layouts.policy_type(weights)
-    if "type" in content or "input_features" in content:
+    is_lerobot = "type" in content or "input_features" in content
+    if is_lerobot:
         found = lerobot.describe(folder, weights, content, kind, needs_statistics)
     else:
         found = layouts.openpi(content, kind, file)
     found.tokenizer = layouts.beside(folder)
+    if is_lerobot and os.path.lexists(ours := folder / lerobot.OURS):
+        return exported(found, own(ours, read_json(ours)))
     head_dim = {**found.config, **options}.get("head_dim", Pi0Config.head_dim)
     sizes = layouts.sizes(weights, declared(Count, head_dim, f"{folder}: head_dim"))
     if "action_dim" in sizes:
@@ -293,11 +305,21 @@ def describe(folder: Path, weights: Weights, options: dict, needs_statistics: bo
     return found
 
 
-def own(folder: Path, content: dict) -> layouts.Description:
-    """config.json of a folder written by `save`. Raises CheckpointError on another version or type, or missing entries."""
-    file = folder / "config.json"
-    if content["format_version"] != FORMAT_VERSION:
-        raise CheckpointError(f"{file} has format_version {short(content['format_version'])}; expected {FORMAT_VERSION}")
+def exported(found: layouts.Description, ours: layouts.Description) -> layouts.Description:
+    """What lerobot's files say, and our own description beside them where those cannot tell: sizes that shapes hide, statistics
+    to the last digit, what the policy was trained on."""
+    found.config = {**ours.config, **found.config}
+    found.state, found.actions, found.tokenizer = ours.state, ours.actions, ours.tokenizer
+    found.meta = ours.meta | {name: value for name, value in found.meta.items() if name != "layout"}
+    if "num_steps" in found.meta:
+        found.meta["num_steps"] = found.config["num_steps"]
+    return found
+
+
+def own(file: Path, content: dict) -> layouts.Description:
+    """A file as `save` writes it. Raises CheckpointError on another version or type, or missing entries."""
+    if content.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(f"{file} has format_version {short(content.get('format_version'))}; expected {FORMAT_VERSION}")
     c = declared(Own, content, file)
     try:
         json.dumps(content.get("meta", {}), allow_nan=False)

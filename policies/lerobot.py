@@ -135,6 +135,10 @@ class Absolute(Declared):
     enabled: bool = False
 
 
+class StateInPrompt(Declared):
+    """Of pi05_prepare_state_tokenizer_processor_step."""
+
+
 class Prompt(Declared):
     """Of tokenizer_processor."""
 
@@ -143,20 +147,24 @@ class Prompt(Declared):
     padding_side: Literal["right"] = "right"
 
 
-STEPS = dict(
-    relative_actions_processor=Relative, delta_actions_processor=Relative, normalizer_processor=Scaling, tokenizer_processor=Prompt,
-    unnormalizer_processor=Scaling, absolute_actions_processor=Absolute,
-)
+STATE_IN_PROMPT = "pi05_prepare_state_tokenizer_processor_step"
+STEPS = {
+    "relative_actions_processor": Relative, "delta_actions_processor": Relative, "normalizer_processor": Scaling,
+    STATE_IN_PROMPT: StateInPrompt, "tokenizer_processor": Prompt, "unnormalizer_processor": Scaling,
+    "absolute_actions_processor": Absolute,
+}
 """steps that are followed, in the order in which a pipeline may have them (the tokenizer's place does not matter)"""
 HARMLESS_STEPS = {
     "rename_observations_processor", "rename_processor", "to_batch_processor", "device_processor", "pi0_new_line_processor",
-    "pi05_prepare_state_tokenizer_processor_step", "torch2numpy_action_processor", "numpy2torch_action_processor",
+    "torch2numpy_action_processor", "numpy2torch_action_processor",
 }
 """steps that do what policies.processor does anyway, or move and rename things"""
 RANGES = {"MIN_MAX": ("min", "max"), "QUANTILES": ("q01", "q99"), "QUANTILE10": ("q10", "q90")}
 """modes that map a range onto [-1, 1], and the statistics that bound it"""
 OWN: dict[str, Mode] = {"pi0": "MEAN_STD", "pi05": "QUANTILES"}
 """the mode of each kind of policy"""
+OURS = "pi_stepnft.json"
+"""what `policies.export` writes beside lerobot's files: config.json of `policies.save`"""
 
 
 def describe(folder: Path, weights: Weights, content: dict, kind: str, needs_statistics: bool) -> Description:
@@ -197,7 +205,9 @@ def describe(folder: Path, weights: Weights, content: dict, kind: str, needs_sta
     prompt = steps.get("tokenizer_processor", Prompt())
     if prompt.max_length is not None:
         values["max_token_len"] = prompt.max_length
-    if "paligemma" not in (prompt.tokenizer_name or "paligemma").lower():
+    if kind == "pi05" and "tokenizer_processor" in steps and STATE_IN_PROMPT not in steps:
+        values["discrete_state"] = False
+    if "paligemma" not in (prompt.tokenizer_name or "paligemma").lower() and not os.path.lexists(folder / OURS):
         found.notes.append(f"its prompts are those of the tokenizer {short(prompt.tokenizer_name)}")
     if refused:
         raise CheckpointError(

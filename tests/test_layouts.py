@@ -14,7 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pi_stepnft import policies
-from pi_stepnft.policies import CheckpointError, NormStats, Pi0, Pi0Config, Pi05, Pi05Config, Processor, Tokenizer
+from pi_stepnft.envs.envhub import CAMERAS
+from pi_stepnft.policies import CheckpointError, NormStats, Pi0, Pi0Config, Pi05, Pi05Config, Processor, Tokenizer, train_tokenizer
 from pi_stepnft.policies.processor import TINY_TOKENIZER
 from pi_stepnft.policies.weights import EXPERT, PALIGEMMA, Weights, canonical_name, published_name, tensor_listing
 
@@ -538,6 +539,11 @@ def test_tokenizer_json_beside_the_weights_or_given(tmp_path):
     assert given.processor.tokenizer.encode("pick the cube") == Tokenizer().encode("pick the cube")
     policies.save(loaded, tmp_path / "ours")
     assert policies.load(tmp_path / "ours").processor.tokenizer.encode("the cube") == [2, 5, 8, 6, 7]
+    from transformers import AutoTokenizer
+
+    policies.export(loaded, tmp_path / "lerobot", layout="lerobot")
+    assert policies.load(tmp_path / "lerobot").processor.tokenizer.encode("the cube") == [2, 5, 8, 6, 7]
+    assert AutoTokenizer.from_pretrained(tmp_path / "lerobot")("the cube")["input_ids"] == [2, 5, 8, 6]
     edit(folder / "tokenizer.json", lambda t: t["model"].update(unk_token="gone"))
     with pytest.raises(CheckpointError, match="tokenizer.json: .*UNK.*expected a sentencepiece .model or a tokenizer.json"):
         policies.load(folder, **UNSEEN, **REST)
@@ -610,6 +616,125 @@ def test_exported_precision_can_be_chosen(tmp_path):
     for asset in ("", "/etc", "../up"):
         with pytest.raises(CheckpointError, match="asset_id is"):
             policies.export(policy, tmp_path, asset_id=asset)
+
+
+# -------------------------------------------------------------------- export to lerobot
+
+
+def with_statistics(policy, states, actions, **options):
+    stats = NormStats.from_data(states, min_std=0), NormStats.from_data(actions, min_std=0)
+    policy.processor = Processor(policy.config, Tokenizer(), *stats, **options)
+    return policy
+
+
+@pytest.mark.parametrize("kind, options", [("pi0", {}), ("pi05", {}), ("pi05", {"discrete_state": False})])
+def test_exported_for_lerobot_is_read_back_to_the_same_policy(kind, options, tmp_path, recwarn):
+    policy = make_policy(kind, **options)
+    policy.meta = dict(env_id="PickCube-v1", execute=2, num_steps=10, sft={"seed": 1})
+    policies.export(policy, tmp_path, layout="lerobot")
+    names = [f"observation.images.{name}" for name in CAMERAS]
+    loaded = policies.load(tmp_path)
+    assert loaded.config == policy.config and loaded.meta == {**policy.meta, "cameras": names}
+    assert np.array_equal(act(loaded), act(policy)) and not recwarn
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:  # lerobot goes on without the weights if one is missing
+        assert set(file.keys()) == {f"model.{name}" for name in tensors_of(policy)}
+    config(n_action_steps=3, num_inference_steps=4)(tmp_path)
+    edited = policies.load(tmp_path)
+    assert (edited.meta["execute"], edited.meta["num_steps"], edited.config.num_steps) == (3, 4, 4)
+    (tmp_path / "pi_stepnft.json").unlink()  # as a folder that lerobot has trained on
+    with pytest.warns(UserWarning, match="its prompts are those of the tokenizer"):
+        theirs = policies.load(tmp_path, **UNSEEN)
+    assert theirs.config == edited.config and np.allclose(act(theirs), act(policy), atol=1e-3)
+
+
+@pytest.mark.parametrize("content, message", [
+    ("{", "pi_stepnft.json is not readable JSON"),
+    ("{}", "pi_stepnft.json has format_version None; expected 1"),
+    ('{"format_version": 1, "type": "pi0", "model": {}}', "pi_stepnft.json: lacks the entry processor"),
+])
+def test_our_description_beside_lerobots_files_is_checked_as_any(content, message, tmp_path):
+    policies.export(make_policy(), tmp_path, layout="lerobot")
+    (tmp_path / "pi_stepnft.json").write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        policies.load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_lerobots_own_formulas_scale_as_we_do(kind, tmp_path):
+    rng = np.random.default_rng(0)
+    states, actions = rng.normal(2, 3, (50, 4)), rng.normal(-1, 0.01, (50, 4))
+    states[:, 1], actions[:, 2] = 0.5, 0.25  # never varied
+    policy = with_statistics(make_policy(kind), states, actions)
+    policies.export(policy, tmp_path, layout="lerobot")
+    steps = {}
+    for which in ("pre", "post"):
+        for entry in json.loads((tmp_path / f"policy_{which}processor.json").read_text())["steps"]:
+            if "state_file" in entry:
+                steps[which] = load_file(tmp_path / entry["state_file"])
+                assert entry["config"]["eps"] == 0.0
+
+    def bounds(stats, name):  # lerobot 0.6.1, normalize_processor.py
+        if kind == "pi0":
+            return stats[f"{name}.mean"], stats[f"{name}.std"]
+        half = (stats[f"{name}.q99"] - stats[f"{name}.q01"]) / 2
+        return stats[f"{name}.q01"] + half, half
+
+    seen = torch.from_numpy(states[:7] + 0.1).float()
+    center, scale = bounds(steps["pre"], "observation.state")
+    assert torch.allclose((seen - center) / scale, policy.processor.normalize_state(seen)[:, :4], atol=1e-5)
+    normalised = torch.randn(7, 3, 5)
+    center, scale = bounds(steps["post"], "action")
+    assert torch.allclose(normalised[..., :4] * scale + center, policy.processor.unnormalize_actions(normalised), atol=1e-6)
+
+
+def test_relative_actions_are_exported_as_names_that_lerobot_leaves_out(tmp_path):
+    rng = np.random.default_rng(0)
+    policy = with_statistics(make_policy(), rng.normal(size=(50, 4)), rng.normal(size=(50, 4)), relative=(0, 2))
+    policies.export(policy, tmp_path, layout="lerobot")
+    assert policies.load(tmp_path).processor.relative == (0, 2)
+    (tmp_path / "pi_stepnft.json").unlink()
+    with pytest.warns(UserWarning, match="its prompts are those of the tokenizer"):  # a folder, and not PaliGemma
+        assert policies.load(tmp_path, **UNSEEN).processor.relative == (0, 2)
+
+
+def test_transformers_reads_the_tokenizer_that_is_exported_as_ours(tmp_path):
+    from transformers import AutoTokenizer
+
+    policies.export(make_policy(), tmp_path, layout="lerobot")
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path), Tokenizer()
+    texts = ["pick up the red cube", "Über 12 µm: <s>weird</s> \t text  of any kind, -1 255 256", "", " ", "open drawer_1"]
+    for text in [*texts, *train_tokenizer.sentences()[::100]]:
+        clean = text.strip().replace("_", " ").replace("\n", " ")  # which lerobot leaves to the one who asks
+        found = theirs([f"{clean}\n"], padding="max_length", max_length=400, truncation=True)
+        length = sum(found["attention_mask"][0])
+        assert found["input_ids"][0][:length] == ours.encode(text) and not any(found["input_ids"][0][length:]), text
+    state = np.array([-1.5, 0.3, 0.999])
+    assert theirs("Task: push, State: -1 166 255;\nAction: ")["input_ids"] == ours.encode("push", state)
+
+
+@pytest.mark.parametrize("policy, options, message", [
+    (lambda: make_policy(num_cameras=0), {}, "it acts without cameras"),
+    (lambda: make_policy(rope_theta=500.0), {}, "rope_theta is 500"),
+    (lambda: make_policy(), dict(cameras=["a", "b"]), "cameras are a, b; expected 3 different names"),
+    (lambda: make_policy(), dict(layout="onnx"), "layout is 'onnx'; expected 'openpi' or 'lerobot'"),
+    (lambda: make_policy(), dict(layout="openpi"), "asset_id is None"),
+    (lambda: make_policy(), dict(dtype="int4"), "dtype is 'int4'"),
+])
+def test_what_lerobot_cannot_do_is_not_exported(policy, options, message, tmp_path):
+    with pytest.raises(CheckpointError, match=message) as caught:
+        policies.export(policy(), tmp_path / "out", **{"layout": "lerobot", **options})
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(pad_state_bins=True), "its prompt holds a padded state"),
+    (dict(relative=(0,)), "it has 3 states, to be added to 4 relative actions"),
+])
+def test_prompts_and_relative_actions_that_lerobot_does_not_have_are_refused(change, message, tmp_path):
+    policy = make_policy("pi05")
+    vars(policy.processor).update(change)
+    with pytest.raises(CheckpointError, match=message):
+        policies.export(policy, tmp_path, layout="lerobot")
 
 
 # -------------------------------------------------------------------- what is refused

@@ -140,6 +140,7 @@ def test_every_episode_brings_its_instruction(pool):
     batched.close()
 
 
+@pytest.mark.slow
 def test_cameras_are_chosen_by_name_and_order_and_words_can_be_given(pool):
     options = dict(image_size=48, cameras="fetch_hand,wall_camera", instruction="touch something")
     venv = envs.make(TASK, 1, backend="cpu", **options)
@@ -151,6 +152,7 @@ def test_cameras_are_chosen_by_name_and_order_and_words_can_be_given(pool):
         envs.make(TASK, 1, backend="cpu", cameras=["base_camera"])
 
 
+@pytest.mark.slow
 def test_a_robot_is_chosen_and_segmentation_is_for_the_task_alone(folder):
     options = dict(robot="panda_stick", control_mode="pd_joint_delta_pos", sim_obs_mode="rgb+segmentation", image_size=32)
     venv = envs.make(TASK, 1, backend="cpu", **options)
@@ -160,6 +162,7 @@ def test_a_robot_is_chosen_and_segmentation_is_for_the_task_alone(folder):
     venv.close()
 
 
+@pytest.mark.slow
 def test_our_cameras_pose_is_only_for_tasks_that_have_a_base_camera(folder):
     env = ManiSkillEnv(ManiSkillSpec(TASK, robot="panda_stick", camera=Camera(), image_size=32))
     assert env.cameras == ("wall_camera",)

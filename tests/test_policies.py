@@ -520,7 +520,7 @@ def test_saved_and_loaded_policy_acts_identically(saved):
     policy, folder = saved
     loaded = policies.load(folder)
     assert torch.equal(act(loaded), act(policy)) and loaded.meta == policy.meta and not loaded.training
-    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors", "tokenizer.model"]
+    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "config.json", "model.safetensors", "tokenizer.model"]
     assert loaded.processor.tokenizer.path == folder / "tokenizer.model"
     assert loaded.processor.tokenizer.encode("pick the cube") == policy.processor.tokenizer.encode("pick the cube")
 
