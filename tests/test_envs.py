@@ -328,7 +328,7 @@ def test_without_terminal_observations_all_else_is_the_same(eyes, solved):
         (dict(env_id="PickSingleYCB-v1"), "download_asset"),
         (dict(num_envs=0), "num_envs"),
         (dict(chunk=0), "chunk"),
-        (dict(num_workers=0), "num_workers"),
+        (dict(num_workers=-1), "num_workers"),
         (dict(obs_mode="depth"), "'rgb' or 'state'"),
         (dict(backend="tpu"), "'cpu'"),
         (dict(colour="red"), "no option 'colour': there are image_size"),
