@@ -40,7 +40,8 @@ def make(
         (no images; the state also holds object poses; of LIBERO one task).
     seed: of the generator that draws episode seeds when `reset` is given none.
     chunk: actions per step in the action space; `step` takes any number up to the episode limit.
-    num_workers: processes on the CPU back end (default: one per core that `num_cores` counts, at most num_envs).
+    num_workers: processes on the CPU back end (default: one per core that `num_cores` counts, at most num_envs); 0: none, the
+        environments live in this process.
     backend: "cpu" (a pool of processes), "cuda" (one batched simulation on the GPU), or "auto": cuda where that works.
     observe_terminal: observe (and render) the state after success too; learners without a critic can save that.
     step_timeout: seconds for which a worker process may be silent before it is replaced, its episodes lost.
@@ -49,8 +50,10 @@ def make(
 
     Raises EnvError with one line for everything that is wrong with these, the task, or the graphics driver.
     """
-    if num_envs < 1 or chunk < 1 or (num_workers is not None and num_workers < 1):
-        raise EnvError(f"num_envs, chunk and num_workers must be at least 1, got {num_envs}, {chunk}, {num_workers}")
+    if num_envs < 1 or chunk < 1:
+        raise EnvError(f"num_envs and chunk must be at least 1, got {num_envs} and {chunk}")
+    if num_workers is not None and num_workers < 0:
+        raise EnvError(f"num_workers must not be negative, got {num_workers}")
     if obs_mode not in ("rgb", "state"):
         raise EnvError(f"obs_mode must be 'rgb' or 'state', got {obs_mode!r}")
     if backend not in ("auto", "cpu", "cuda"):
@@ -64,5 +67,5 @@ def make(
         return chosen.batched(built, num_envs, chunk=chunk, seed=seed)
     from pi_stepnft.envs.pool import ChunkVecEnv
 
-    return ChunkVecEnv(built, num_envs, num_workers or num_cores(), chunk=chunk, seed=seed, observe_terminal=observe_terminal,
-                       step_timeout=step_timeout)
+    return ChunkVecEnv(built, num_envs, num_cores() if num_workers is None else num_workers, chunk=chunk, seed=seed,
+                       observe_terminal=observe_terminal, step_timeout=step_timeout)

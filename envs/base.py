@@ -154,6 +154,9 @@ class Environment(Protocol):
         """The scripted expert that acts in this scene. EnvError, as of `Simulator.expert`, where there is none."""
         raise no_expert(self.task, "other tasks")
 
+    def close(self) -> None:
+        """Give back what it holds, where the process lives on. Default: nothing."""
+
 
 class Expert(Protocol):
     def reset(self) -> None:

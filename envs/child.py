@@ -14,9 +14,10 @@ sys.path[:] = [entry for entry in sys.path if entry]  # not the working director
 import json, signal
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it closes its children
 folder, path, module, *descriptors = sys.argv[1:]
-sys.path.insert(0, folder)
+path = json.loads(path)
+sys.path[:] = [folder, *path]
 import pi_stepnft
-sys.path[:] = json.loads(path)
+sys.path[:] = path
 import importlib
 importlib.import_module(module).main(*map(int, descriptors))
 """

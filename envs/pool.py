@@ -13,7 +13,7 @@ import numpy as np
 
 from pi_stepnft.envs.base import EnvError, Spec, num_cores
 from pi_stepnft.envs.vector import ChunkEnv
-from pi_stepnft.envs.worker import Died, Worker, attach, layout, reserve
+from pi_stepnft.envs.worker import Died, Inline, Worker, attach, layout, reserve
 
 MAX_RESTARTS = 30
 """How many dead workers a pool replaces within an hour before it gives up: what goes wrong again and again is no accident."""
@@ -26,18 +26,19 @@ class ChunkVecEnv(ChunkEnv):
 
     def __init__(self, spec: Spec, num_envs: int, num_workers: int, *, chunk: int, seed: int, observe_terminal: bool,
                  step_timeout: float):
-        """step_timeout: seconds of silence after which a worker is taken for dead."""
+        """num_workers: 0 for none: the environments live in this process. step_timeout: seconds of silence after which a worker is
+        taken for dead."""
         super().__init__(spec, num_envs, seed)
         self.observe_terminal, self.step_timeout = observe_terminal, step_timeout
         self._lost = np.zeros(num_envs, bool)  # died since the last step that could tell
         self._restarts: deque[float] = deque(maxlen=MAX_RESTARTS)  # when, of a clock in seconds
-        num_workers = min(num_workers, num_envs)
+        kind, num_workers = (Worker, min(num_workers, num_envs)) if num_workers else (Inline, 1)
         threads = max(1, num_cores() // num_workers)
         self._memory = os.memfd_create("pi-stepnft")  # nameless: it goes with the processes, however they end
-        self._workers: list[Worker] = []
+        self._workers: list[Worker | Inline] = []
         try:
             for w in range(num_workers):
-                self._workers.append(Worker(w, spec, range(w, num_envs, num_workers), num_envs, threads, self._memory))
+                self._workers.append(kind(w, spec, range(w, num_envs, num_workers), num_envs, threads, self._memory))
             self._where = {slot: (worker, i) for worker in self._workers for i, slot in enumerate(worker.slots)}
             tasks = [("", "")] * num_envs
             for worker in self._workers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
@@ -10,7 +11,7 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
@@ -188,12 +189,10 @@ def main(pipe: int, memory: int) -> None:
 
 def _serve(line: _Line, memory: int) -> None:
     _, (spec, slots, num_envs, threads) = line.receive()
-    envs: list[Environment] = [spec.create(slot, num_envs) for slot in slots]
+    commands = Commands([spec.create(slot, num_envs) for slot in slots], memory)
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(threads)
-    facts = {name: getattr(envs[0], name) for name in ("action_space", "state_dim", "cameras", "max_episode_steps")}
-    line.send("ok", (facts, [(env.task, env.instruction) for env in envs]))
-    commands = Commands(envs, memory)
+    line.send("ok", commands.described())
     while True:
         command, payload = line.receive()
         if command == "close":
@@ -206,6 +205,11 @@ class Commands:
 
     def __init__(self, envs: list[Environment], memory: int):
         self.envs, self.memory, self.arrays = envs, memory, {}
+
+    def described(self) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+        """What all of them have in common, and the task and the instruction of each."""
+        facts = {name: getattr(self.envs[0], name) for name in ("action_space", "state_dim", "cameras", "max_episode_steps")}
+        return facts, [(env.task, env.instruction) for env in self.envs]
 
     def attach(self, payload: tuple[Layout, int]) -> None:
         self.arrays = attach(self.memory, *payload)
@@ -236,3 +240,36 @@ class Commands:
     def call(self, payload: tuple[Callable, dict]) -> Any:
         function, kwargs = payload
         return function(self.envs[0], **kwargs)
+
+
+class Inline:
+    """In the place of a `Worker`: the same environments and commands in this very process."""
+
+    def __init__(self, index: int, spec: Spec, slots: range, num_envs: int, threads: int, memory: int):
+        self.index, self.slots = index, slots
+        with _own_random_numbers():
+            self.commands = Commands([spec.create(slot, num_envs) for slot in slots], memory)
+        self.answer = self.commands.described()
+
+    def send(self, command: str, payload: Any = None) -> None:
+        if command != "close":
+            with _own_random_numbers():
+                self.answer = getattr(self.commands, command)(payload)
+
+    def receive(self, timeout: float | None = None) -> Any:
+        return self.answer
+
+    def stop(self, patience: float = 0.0) -> None:
+        for env in self.commands.envs:
+            env.close()
+
+
+@contextlib.contextmanager
+def _own_random_numbers() -> Iterator[None]:
+    """Simulators seed NumPy's global generator, which in this process is also the user's: a learner that shuffles by it would draw
+    the same numbers after every reset."""
+    state = np.random.get_state()
+    try:
+        yield
+    finally:
+        np.random.set_state(state)

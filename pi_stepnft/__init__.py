@@ -14,3 +14,7 @@ CHECKOUT = _root if (_root / "algos" / "stepnft_pi0.py").is_file() else None
 
 if CHECKOUT:
     __path__.append(str(CHECKOUT))
+
+from pi_stepnft import registration as _registration  # noqa: E402 (behind the path)
+
+_registration.register()

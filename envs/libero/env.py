@@ -174,6 +174,9 @@ class LiberoEnv(Environment):
         """A picture for people (H, W, 3) uint8: agentview, the right way up, as it is now."""
         return self._picture("agentview", self.spec.video_size, self.base.sim.data._data)[::-1]
 
+    def close(self) -> None:
+        self.wrapper.close()
+
     def _picture(self, camera: str, size: int, data: Any) -> np.ndarray:
         """LIBERO's own picture (H, W, 3) uint8 of an MjData; its first row is the lowest."""
         sim = self.base.sim
