@@ -112,6 +112,7 @@ def test_the_ids_are_those_that_the_simulators_know():
         assert gym.spec(f"pi_stepnft/{env_id.replace('/', '.')}").kwargs["env_id"] == env_id
         if not env_id.startswith("libero"):
             tasks.check(env_id)  # EnvError where there is no such task, or it needs a download
+    assert tasks.INSTRUCTIONS.keys() <= known.keys()
     assert {env_id for env_id in known if "/" in env_id and not env_id.startswith("libero")} == {
         variant for task in variants.TASKS for variant in variants.variants(task)
     }
