@@ -312,7 +312,7 @@ def test_episodes_end_at_the_limit_and_a_dead_worker_is_replaced(pool):
     assert info["steps"].tolist() == [4, 4] and truncated.all() and not terminated.any() and not info["lost"].any()
     first, _ = pool.reset(seed=5)
     os.kill(pool._workers[0].process.pid, signal.SIGKILL)
-    with pytest.warns(UserWarning, match="died and is replaced"):
+    with pytest.warns(UserWarning, match="is replaced"):
         _, _, _, truncated, info = pool.step(chunk)
         truncated, info = (truncated, info) if info["lost"].all() else pool.step(chunk)[3:]
     assert info["lost"].all() and truncated.all()
