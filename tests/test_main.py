@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import imageio.v3 as iio
@@ -22,7 +23,7 @@ import torch
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pi_stepnft import policies
+from pi_stepnft import harness, policies
 from pi_stepnft.algos import pretrain, sft, stepnft_pi0
 from pi_stepnft.envs import demos
 
@@ -374,3 +375,23 @@ def test_pi05_learns_to_read_and_then_from_demonstrations(tmp_path):
     for algorithm, *options in (("stepnft_pi0", "--checkpoint"), ("sft", "--policy", "pi0", "--base")):
         named = refusal(algorithm, "--obs-mode", "state", *options, tmp_path / "out", cwd=trained)
         assert "holds a pi05 policy; expected pi0" in named
+
+
+def test_an_update_that_is_no_number_is_left_out_and_many_in_a_row_end_the_run():
+    training = harness.Run.__new__(harness.Run)
+    training.args = SimpleNamespace(max_grad_norm=1.0, max_bad_updates=3)
+    training.iteration, training.folder, training.bad_updates, training._bad = 7, Path("runs/x"), 0, 0
+    actor, critic = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+
+    def updated(*gradients: float) -> bool:
+        for parameter, value in zip((actor, critic), gradients):
+            parameter.grad = torch.full_like(parameter, value)
+        return training.clip_gradients(losses, grad_norm=[actor], value_grad_norm=[critic])
+
+    losses, nan = harness.Averages(), float("nan")
+    assert updated(3.0, 4.0) and actor.grad.norm() == pytest.approx(1) and critic.grad.norm() == pytest.approx(1)
+    assert [updated(nan, 0.0), updated(0.0, float("inf")), updated(0.0, 0.0), updated(nan, nan)] == [False, False, True, False]
+    assert training.bad_updates == 3 and losses.means()["grad_norm"] == pytest.approx(3 * 2**0.5 / 3)
+    updated(nan, nan)
+    with pytest.raises(harness.RunError, match="no finite number, 3 times in a row, at iteration 7: lower --learning-rate"):
+        updated(nan, nan)
