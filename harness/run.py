@@ -321,7 +321,7 @@ class Run:
     def _stop(self, number: int, frame: Any) -> None:
         """The first signal ends the run after the iteration that it comes in; a second one, or one outside of them, ends it now."""
         if not self._in_iteration or self._stopped:
-            raise KeyboardInterrupt(f"go on with --resume {self.folder}")
+            raise KeyboardInterrupt(f"go on with --resume {self.folder}", number)
         self._stopped = signal.Signals(number)
         tqdm.write(f"{self._stopped.name}: ending this iteration, then saving (once more: stop at once)")
 
@@ -528,5 +528,7 @@ def one_line_errors(hint: str = "") -> Iterator[None]:
         reason = (str(error).splitlines() or [""])[0]
         sys.exit("error: out of memory: give --micro-batch, or a smaller one, for the update, fewer --num-envs for the rollout; "
                  f"docs/memory.md has more ({reason})")
-    except KeyboardInterrupt as error:
-        sys.exit("; ".join(["interrupted", *map(str, error.args), *([hint] if hint else [])]))
+    except KeyboardInterrupt as error:  # of a Run: what goes on, and the signal
+        told, number = error.args if len(error.args) == 2 else (hint, signal.SIGINT)
+        print("; ".join(["interrupted", *filter(None, [told])]), file=sys.stderr)
+        sys.exit(128 + number)

@@ -395,3 +395,13 @@ def test_an_update_that_is_no_number_is_left_out_and_many_in_a_row_end_the_run()
     updated(nan, nan)
     with pytest.raises(harness.RunError, match="no finite number, 3 times in a row, at iteration 7: lower --learning-rate"):
         updated(nan, nan)
+
+
+@pytest.mark.parametrize("arguments, line, status", [
+    ((), "interrupted; all is there", 130),
+    (("go on with --resume runs/x", signal.SIGTERM), "interrupted; go on with --resume runs/x", 143),
+])
+def test_an_interruption_is_one_line_and_the_conventional_status(arguments, line, status, capsys):
+    with pytest.raises(SystemExit) as ended, harness.one_line_errors("all is there"):
+        raise KeyboardInterrupt(*arguments)
+    assert ended.value.code == status and capsys.readouterr().err == line + "\n"
