@@ -31,8 +31,8 @@ from pi_stepnft.harness import (
     Batch,
     Count,
     CountOrZero,
-    Positive,
     RunError,
+    Seconds,
     Seed,
     SizeOrZero,
     Text,
@@ -91,7 +91,7 @@ class Args:
     """torch threads; 0: one per core"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the policies compute; auto: cuda where there is one"""
-    step_timeout: Positive = 300.0
+    step_timeout: Seconds = 300.0
     """seconds for which a simulator's process may be silent before it is taken for hung and replaced"""
 
 

@@ -38,6 +38,7 @@ PROGRAM = """
 import os, runpy, signal, sys
 program, number, *sys.argv[1:] = sys.argv[1:]
 sys.argv[0], left = program, int(number)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
 
 def hook(event, arguments):
     global left

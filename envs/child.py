@@ -12,7 +12,8 @@ BOOT = """
 import sys
 sys.path[:] = [entry for entry in sys.path if entry]  # not the working directory, which may hold a json.py
 import json, signal
-signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it closes its children
+for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # they go to the whole group, and are the parent's to handle; it ends its children
+    signal.signal(getattr(signal, name), signal.SIG_IGN)
 folder, path, module, *descriptors = sys.argv[1:]
 path = json.loads(path)
 sys.path[:] = [folder, *path]

@@ -17,6 +17,8 @@ from pi_stepnft.envs.worker import Died, Inline, Worker, attach, layout, reserve
 
 MAX_RESTARTS = 30
 """How many dead workers a pool replaces within an hour before it gives up: what goes wrong again and again is no accident."""
+START_TIMEOUT = 600
+"""s that a replacement may take to start."""
 RESETS = 3
 """How often an episode is begun, whose worker dies of that each time."""
 
@@ -159,6 +161,7 @@ class ChunkVecEnv(ChunkEnv):
         return results, dead
 
     def _replace(self, worker: Worker, death: Died) -> None:
+        """A new process in place of one that has died; of a further one, where that dies as it starts."""
         now = time.monotonic()
         if len(self._restarts) == MAX_RESTARTS and now - self._restarts[0] < 3600:
             raise EnvError(f"environment workers died {MAX_RESTARTS + 1} times within an hour; the last one {death}")
@@ -166,6 +169,9 @@ class ChunkVecEnv(ChunkEnv):
         warnings.warn(f"environment worker {worker.index} {death}. It is replaced; its episodes are dropped", stacklevel=2)
         worker.stop(0)
         worker.start()
-        self._receive_or_fail(worker)
-        worker.send("attach", self._layout)
-        self._receive_or_fail(worker)
+        try:
+            worker.receive(max(self.step_timeout, START_TIMEOUT))
+            worker.send("attach", self._layout)
+            worker.receive(max(self.step_timeout, START_TIMEOUT))
+        except Died as again:
+            self._replace(worker, again)

@@ -55,7 +55,6 @@ def attach(memory: int, places: Layout, size: int) -> dict[str, np.ndarray]:
 KILLED = {
     signal.SIGKILL: "the system does that when memory runs out; take fewer environments, or smaller images",
     signal.SIGBUS: "there is no room for its memory; take fewer environments, or smaller images",
-    **dict.fromkeys((signal.SIGTERM, signal.SIGHUP, signal.SIGINT), "somebody has ended it"),
 }
 """What stands behind signals that come from outside; of others, such as SIGSEGV, the simulator knows the likely cause."""
 
@@ -97,9 +96,12 @@ class Worker:
         timeout: seconds of silence after which it is ended.
         """
         try:
-            if not self.pipe.poll(timeout):
-                self.process.kill()
-                raise Died(f"was silent for {timeout:g} s: a simulation that hangs, or a machine too busy for its --step-timeout")
+            waited = 0.0
+            while not self.pipe.poll(timeout and min(1.0, timeout)):  # second by second: this program may be paused
+                waited += 1
+                if waited >= timeout:
+                    self.process.kill()
+                    raise Died(f"was silent for {timeout:g} s: it hangs, or the machine is too busy for this --step-timeout")
             status, result = self.pipe.recv()
         except (EOFError, OSError):  # OSError: in the middle of its answer
             self.stop()

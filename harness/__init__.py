@@ -11,6 +11,7 @@ from pi_stepnft.harness.args import (
     PositiveOrZero,
     RLArgs,
     RunError,
+    Seconds,
     Seed,
     Share,
     Size,
@@ -45,7 +46,7 @@ from pi_stepnft.harness.storage import Prefixes, Rows, memory_gb
 
 __all__ = [
     "Averages", "Batch", "Count", "CountOrZero", "Positive", "PositiveOrZero", "Prefixes", "RLArgs", "Rows", "Run",
-    "RunError", "Seed", "Share", "Size", "SizeOrZero", "TaskArgs", "Text", "TrainArgs", "adapt", "check", "check_fit",
+    "RunError", "Seconds", "Seed", "Share", "Size", "SizeOrZero", "TaskArgs", "Text", "TrainArgs", "adapt", "check", "check_fit",
     "check_task", "choose_device", "command", "command_line", "commit", "env_options", "make_envs",
     "memory_gb", "one_line_errors", "open_logs", "origin", "parse", "run_name", "set_up", "slug", "task_name",
 ]

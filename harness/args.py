@@ -29,6 +29,7 @@ Batch = Annotated[int, Field(ge=1, le=8192)]
 """Of environments side by side, or rows of a batch: a GPU takes thousands."""
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 PositiveOrZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(gt=0, le=10**6)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Text = Annotated[str, Field(min_length=1)]
@@ -57,7 +58,7 @@ class TaskArgs:
     """torch threads; 0: one per core"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the policy computes; auto: cuda where there is one"""
-    step_timeout: Positive = 300.0
+    step_timeout: Seconds = 300.0
     """seconds for which a simulator's process may be silent before it is taken for hung and replaced"""
 
 

@@ -213,6 +213,8 @@ def link(path: Path, target: str) -> None:
     temporary = path.with_name(f".{path.name}.link")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)
+    if path.is_dir() and not path.is_symlink():  # the run was copied, and what its links point to with it
+        shutil.rmtree(path)
     os.replace(temporary, path)
 
 

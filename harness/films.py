@@ -21,7 +21,7 @@ GAP, STRIP = 4, 24
 @dataclass
 class Episode:
     """What a film shows of an episode: frames (T + 1, H, W, 3) uint8, one per control step, and how it ended (None: the replay
-    ended otherwise than the evaluation, as it can on a GPU)."""
+    ended otherwise than the evaluation, as it can on a GPU or where a worker dies)."""
 
     seed: int
     frames: np.ndarray
@@ -42,6 +42,7 @@ def replay(
         padded = list(seeds[first : first + count]) + [0] * (venv.num_envs - count)
         venv.reset(seed=padded, options={"reset_mask": np.arange(venv.num_envs) < count})
         frames, outcome = [[frame] for frame in venv.render(range(count))], np.zeros(count, bool)
+        lost = np.zeros(count, bool)
         for step in range(max(map(len, batch))):
             moving = [slot for slot in range(count) if step < len(batch[slot])]
             chunk = np.zeros((venv.num_envs, 1, venv.action_dim), np.float32)
@@ -49,12 +50,14 @@ def replay(
                 chunk[slot, 0] = batch[slot][step]
             info = venv.step(chunk)[-1]
             outcome[moving] = info["success"][moving]
+            lost |= info["lost"][:count]
             for slot, frame in zip(moving, venv.render(moving)):
                 frames[slot].append(frame)
             bar.update(len(moving))
         for slot in range(count):
             expected = bool(success[first + slot])
-            episodes.append(Episode(padded[slot], np.stack(frames[slot]), expected if outcome[slot] == expected else None))
+            same = outcome[slot] == expected and not lost[slot]
+            episodes.append(Episode(padded[slot], np.stack(frames[slot]), expected if same else None))
     bar.close()
     return episodes
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import fcntl
 import itertools
 import json
 import math
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 ITERATIONS = {"pi0": 120, "pi05": 200}
 """Rounds where --iterations is not given: what half an hour on two cores about allows."""
 NAMES = {"pi0": "π0", "pi05": "π0.5"}
+HELD: dict[Path, int] = {}
+"""Folders of runs that are this process's alone, and the descriptors by which they are locked."""
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
 
@@ -81,7 +84,7 @@ class Run:
         self.iteration, self.env_steps, self.trained_s, self.curve, self.peak_gb = 0, 0, 0.0, [], 0.0
         # Episodes whose worker died, left out there, played again here; those that failed as their actions were no finite numbers
         self.lost = dict(rollouts=0, evaluations=0, broken=0)
-        self.bad_updates, self._bad = 0, 0  # in all, and in a row
+        self.bad_updates, self._bad = 0, {}  # in all, and in a row by what was bad
         self._stopped: signal.Signals | None = None
         self._in_iteration = False
 
@@ -90,7 +93,10 @@ class Run:
     def load_policy(self) -> policies.Pi0:
         """The policy to train, frozen and adapted as --train says; with --resume the run's own."""
         args, lora = self.args, self.args.train == "lora"
-        self._resumed = checkpoints.newest(Path(args.resume)) if args.resume else None
+        if args.resume:
+            self.folder = Path(args.resume) if Path(args.resume).name else Path(args.resume).resolve()  # --resume .
+            self._alone()
+        self._resumed = checkpoints.newest(self.folder) if args.resume else None
         source = self._resumed / "policy" if self._resumed and not lora else self.checkpoint  # saved policies have adapters merged
         dtype, trained = getattr(torch, args.dtype), None if lora else args.train
         policy = policies.load(source, self.device, dtype, expect=self._expect, trained=trained)
@@ -112,7 +118,8 @@ class Run:
         self.mask = torch.zeros(H, A, dtype=torch.bool, device=self.device)
         self.mask[: self.execute, : len(policy.processor.action_stats.mean)] = True
         self.policy_type = policy.config.type
-        self.folder = Path(args.resume or f"runs/{run_name(self.algorithm, self.policy_type, args)}")
+        if not args.resume:
+            self.folder = Path("runs", run_name(self.algorithm, self.policy_type, args))
         return policy
 
     def make_envs(self, policy: policies.Pi0):
@@ -154,10 +161,13 @@ class Run:
             self.memory.extend(kept)
             checkpoints.link(self._resumed.parent / checkpoints.POINTER, self._resumed.name)  # a damaged one was passed over
             vars(self).update(progress)
-            if self.iteration >= args.iterations and (self.folder / "result.json").is_file():
+            result = self.folder / "result.json"
+            done = policies.read_json(result).get("iterations") if result.is_file() else None
+            if self.iteration >= args.iterations and done == self.iteration:
                 raise RunError(f"{self.folder} has done its {self.iteration} iterations: to go on, give --iterations above that")
         else:
             self.folder = new_folder(self.folder)
+            self._alone()
         write_json(self.folder / "args.json", asdict(args) | {"resume": None})
         self.writer = open_logs(self.folder, args, purge_step=self.iteration + 1 if self.curve else None)
         self._saved, self._saved_at = None, time.time()
@@ -170,7 +180,8 @@ class Run:
         limit, before = 60 * self.args.max_minutes, self.trained_s
         self._start = time.time() - self.trained_s
         for name in SIGNALS:
-            signal.signal(name, self._stop)
+            if signal.getsignal(name) != signal.SIG_IGN:  # as nohup has it
+                signal.signal(name, self._stop)
         self._bar = tqdm(total=self.args.iterations, initial=self.iteration, desc=self.algorithm.upper(), smoothing=0.1)
         while self.iteration < self.args.iterations and not 0 < limit < self.trained_s - before and not self._stopped:
             self._began, self._laps, self._in_iteration = time.time(), {}, True
@@ -196,11 +207,11 @@ class Run:
 
     def _sound(self, sound: bool, what: str) -> bool:
         """Count what is not sound, and end the run where that is all there is."""
-        self._bad = 0 if sound else self._bad + 1
+        self._bad[what] = 0 if sound else self._bad.get(what, 0) + 1
         self.bad_updates += not sound
-        if self._bad >= self.args.max_bad_updates:
-            raise RunError(f"{what}, {self._bad} times in a row, at iteration {self.iteration}: lower --learning-rate; the last "
-                           f"checkpoint in {self.folder} is from before")
+        if self._bad[what] >= self.args.max_bad_updates:
+            raise RunError(f"{what}, {self._bad[what]} times in a row, at iteration {self.iteration}: lower --learning-rate; the "
+                           f"last checkpoint in {self.folder} is from before")
         return sound
 
     def log(self, success: np.ndarray, lost: np.ndarray, losses: Averages, **charts: float) -> None:
@@ -243,8 +254,10 @@ class Run:
         args = self.args
         if self._stopped:
             self.writer.close()
+            if self._saved != self.iteration:
+                self.save()
             name, status = self._stopped.name, 128 + self._stopped  # as a shell tells of a signal
-            print(f"stopped by {name} after iteration {self.iteration}; go on with --resume {self.folder}", file=sys.stderr)
+            print(f"stopped by {name} after iteration {self.iteration}; {self._how_to_go_on()}", file=sys.stderr)
             sys.exit(status)
         policy, *others = self.trained
         if self._saved != self.iteration:  # the time was up
@@ -274,6 +287,7 @@ class Run:
             except envs.EnvError as error:  # what has been measured stands
                 made += f"; no video: {error}"
         self.venv.close()
+        os.close(HELD.pop(self.folder.resolve()))
         print(made)
         also = "".join(f"; {name}: {evaluation}" for name, evaluation in more.items())
         before, (low, high) = 100 * self.curve[0]["success"], self.curve[0]["interval"]
@@ -295,6 +309,8 @@ class Run:
         """Evaluate the policy and add the result to the learning curve. when: "before" or "after", with more episodes."""
         episodes = self.args.final_eval_episodes if when else self.args.eval_episodes
         result = self.success_rate(next(iter(self.trained.values())), episodes, f"evaluation {when}".strip())
+        again = self.iteration, len(result.success)  # of a run that was stopped before it told of its result
+        self.curve = [point for point in self.curve if (point["iteration"], point["episodes"]) != again]
         self.curve.append(dict(iteration=self.iteration, env_steps=self.env_steps, minutes=self.trained_s / 60, success=result.rate,
                                interval=result.interval, episodes=len(result.success)))
         self.writer.add_scalar("eval/success", result.rate, self.iteration)
@@ -318,10 +334,26 @@ class Run:
         self._saved, self._saved_at = self.iteration, time.time()
         plot_curve(self.curve, self.folder / "curve.png", f"{args.env_id} ({args.obs_mode}), seed {args.seed}")
 
+    def _how_to_go_on(self) -> str:
+        return f"go on with --resume {shlex.quote(str(self.folder))}"
+
+    def _alone(self) -> None:
+        """Hold the run's folder until the program ends. Raises RunError where another one does, whose files this would remove."""
+        if (folder := self.folder.resolve()) in HELD:  # by this very process
+            return
+        HELD[folder] = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(HELD[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(HELD.pop(folder))
+            raise RunError(f"another process is training in {self.folder}: wait for it, or stop it") from None
+        except OSError:  # a file system without locks
+            pass
+
     def _stop(self, number: int, frame: Any) -> None:
         """The first signal ends the run after the iteration that it comes in; a second one, or one outside of them, ends it now."""
         if not self._in_iteration or self._stopped:
-            raise KeyboardInterrupt(f"go on with --resume {self.folder}", number)
+            raise KeyboardInterrupt(self._how_to_go_on(), number)
         self._stopped = signal.Signals(number)
         tqdm.write(f"{self._stopped.name}: ending this iteration, then saving (once more: stop at once)")
 
@@ -340,9 +372,10 @@ def set_up(args: TaskArgs) -> torch.device:
 
 def new_folder(path: Path) -> Path:
     """Create a folder that was not there: of this name, or with a number behind it where another run has just taken that."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(2):
         with contextlib.suppress(FileExistsError):
-            path.mkdir(parents=True)
+            path.mkdir()
             return path
         path = path.with_name(f"{path.name.rsplit('+', 1)[0]}+{number}")
 

@@ -380,7 +380,7 @@ def test_pi05_learns_to_read_and_then_from_demonstrations(tmp_path):
 def test_an_update_that_is_no_number_is_left_out_and_many_in_a_row_end_the_run():
     training = harness.Run.__new__(harness.Run)
     training.args = SimpleNamespace(max_grad_norm=1.0, max_bad_updates=3)
-    training.iteration, training.folder, training.bad_updates, training._bad = 7, Path("runs/x"), 0, 0
+    training.iteration, training.folder, training.bad_updates, training._bad = 7, Path("runs/x"), 0, {}
     actor, critic = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
 
     def updated(*gradients: float) -> bool:
