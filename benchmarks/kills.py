@@ -32,7 +32,6 @@ from pi_stepnft import harness
 from pi_stepnft.harness import checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
-OUT = ROOT / "benchmarks" / "results" / "kills.json"
 
 PROGRAM = """
 import os, runpy, signal, sys
@@ -72,6 +71,8 @@ class Args:
     """of the programs; all else is the default"""
     seed: int = 1
     """of the interruptions"""
+    output: Path = ROOT / "benchmarks" / "results" / "kills.json"
+    """file of the results"""
 
 
 def start(algo: str, folder: Path, options: list[str], number: int = 0) -> subprocess.Popen:
@@ -169,7 +170,7 @@ def main(args: Args) -> None:
             subprocess.run(["umount", "-l", str(war / "runs")], check=True)
         for folder in (peace, war):
             shutil.rmtree(folder)
-    OUT.write_text(json.dumps(dict(commit=harness.commit(), options=args.options, runs=found), indent=2) + "\n")
+    args.output.write_text(json.dumps(dict(commit=harness.commit(), options=args.options, runs=found), indent=2) + "\n")
     if any(run["different"] or not run["same_evaluations"] for run in found.values()):
         sys.exit("an interrupted run ended otherwise")
 

@@ -223,3 +223,16 @@ def test_a_manifest_names_no_file_of_another_folder(tmp_path, capsys):
 def test_a_run_without_a_checkpoint(tmp_path):
     with pytest.raises(policies.CheckpointError, match="there is none"):
         checkpoints.newest(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_interrupted_again_and_again_ends_as_the_one_that_never_was(tmp_path):
+    program, output = Path(__file__).resolve().parents[1] / "benchmarks" / "kills.py", tmp_path / "kills.json"
+    options = ("--obs-mode state --num-envs 16 --rollout-epochs 1 --iterations 8 --save-every 1 --eval-every 2 --eval-episodes 8 "
+               "--final-eval-episodes 8 --num-threads 1 --no-video")
+    counts = ["--moments", "2", "--operations", "2", "--full", "0", "--signals", "1"]
+    command = [sys.executable, str(program), "--algos", "stepnft_pi0", *counts, f"--options={options}", "--output", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    found = json.loads(output.read_text())["runs"]["stepnft_pi0"]
+    assert sum(found["interruptions"].values()) == 6 and found["statuses"]["SIGTERM"] == [143] and not found["different"]
