@@ -72,7 +72,7 @@ def main(args: Args) -> None:
         while process.poll() is None:
             time.sleep(args.every)
             held = [size for child in children(process.pid) if (size := resident_mb(child))]
-            if held and b": 100%|" not in (text := log.read_bytes()) and b"before: " in text:  # while it trains
+            if held and b"before: " in log.read_bytes():  # it trains
                 program.append(resident_mb(process.pid) or program[-1])
                 workers.append(sum(held))
         if process.returncode:
