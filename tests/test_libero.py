@@ -144,6 +144,7 @@ def test_state_mode_tells_where_the_objects_are():
     assert abs(states[0, 8:10] - states[1, 8:10]).max() > 0.01  # the object starts elsewhere
 
 
+@pytest.mark.slow
 def test_states_and_pictures_are_those_of_libero_after_a_hard_reset(env):
     check_against_libero(env, TASK)
 

@@ -303,6 +303,7 @@ def test_a_signal_ends_the_iteration_and_resuming_changes_nothing(state_run, tmp
     assert json.loads((folder / "result.json").read_text())["iterations"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["sde", "ode"])
 def test_the_ablations_change_what_they_say(sampler, state_run, tmp_path):
     """One fixed transition is learnt from, the noise falls on a straight line, and each target gives a loss of its own."""

@@ -451,6 +451,7 @@ def test_options_for_large_policies_change_nothing(straight, train, tmp_path):
         assert logged[tag][2] == pytest.approx(expected[tag][2], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_switches_do_what_they_say(straight, train, tmp_path):
     expected = scalars(straight)
 
