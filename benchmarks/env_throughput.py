@@ -154,7 +154,7 @@ def compare(spec: ManiSkillSpec, args: Args) -> dict[str, list[float]]:
 
 def main(args: Args) -> None:
     os.environ.update(OMP_NUM_THREADS=str(args.threads), LP_NUM_THREADS=str(args.threads))  # read by the child processes
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    settings = {name: value for name, value in vars(args).items() if name != "out"}
     packages = {name: version(name) for name in ("mani-skill", "sapien", "gymnasium", "numpy", "torch")}
     report = dict(args=settings, cores=envs.num_cores(), python=platform.python_version(), packages=packages, results=[])
     print(f"{args.env_id}, {args.workers} processes on {envs.num_cores()} cores, chunks of {args.chunk}; environment steps/s, "
