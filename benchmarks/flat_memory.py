@@ -33,10 +33,10 @@ OUT = ROOT / "benchmarks" / "results" / "flat_memory.json"
 class Args:
     algo: str = "stepnft_pi0"
     """algorithm file"""
-    options: str = ("--env-id PickCube-v1 --num-envs 32 --rollout-epochs 1 --iterations 80 --max-minutes 0 --eval-every 20 "
-                    "--eval-episodes 32 --final-eval-episodes 32 --save-every 5 --no-video")
+    options: str = ("--env-id PickCube-v1 --num-envs 16 --rollout-epochs 1 --iterations 66 --max-minutes 0 --eval-every 18 "
+                    "--eval-episodes 16 --final-eval-episodes 16 --save-every 6 --num-threads 1 --no-video")
     """of the program; all else is the default"""
-    every: float = 2.0
+    every: float = 1.0
     """seconds between two looks"""
 
 

@@ -38,7 +38,7 @@ import tyro
 from lerobot_reference import LEROBOT, run_in_venv, sizes, whole_lerobot
 from load_full_size import TINY_TOKENIZER, peak_memory, write
 
-from pi_stepnft import envs, policies
+from pi_stepnft import envs, harness, policies
 from pi_stepnft.envs.envhub import CAMERAS
 from pi_stepnft.harness.evaluation import by_ode, evaluate
 from pi_stepnft.policies import NormStats, Pi0, Pi0Config, Pi05, Pi05Config, Processor, Tokenizer
@@ -277,7 +277,7 @@ def main(args: Args) -> int:
         record["full"] = record.get("full", {}) | {kind: compare_full(kind) for kind in args.types}
         failed += [kind for kind in args.types if not record["full"][kind]["error"] <= args.limit]
         print("\n".join(str(record["full"][kind]) for kind in args.types))
-    args.out.write_text(json.dumps(record, indent=2) + "\n")
+    args.out.write_text(json.dumps(dict(commit=harness.commit()) | record, indent=2) + "\n")
     if failed:
         print(f"beyond the limit, or not equal: {', '.join(failed)}", file=sys.stderr)
     return int(bool(failed))

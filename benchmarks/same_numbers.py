@@ -54,7 +54,8 @@ def play(checkpoint: str, episodes: int, num_threads: int) -> dict:
             rows = list(csv.DictReader(file))
     return dict(
         checkpoint=checkpoint, sha256=results["checkpoints"][0]["sha256"], episodes=episodes, seed=int(rows[0]["seed"]),
-        num_threads=num_threads, versions=results["versions"], success=[int(row["success"]) for row in rows],
+        num_threads=num_threads, commit=results["commit"], noise="by episode", versions=results["versions"],
+        success=[int(row["success"]) for row in rows],
         steps=[int(row["steps"]) for row in rows],
     )
 
@@ -67,7 +68,8 @@ if __name__ == "__main__":
         new = dict(processor=here) | play(checkpoint, args.episodes, args.num_threads)
         print(f"{checkpoint}: {sum(new['success'])} of {args.episodes} succeed on {here}")
         same_setting = [
-            old for old in known if all(old[key] == new[key] for key in ("checkpoint", "sha256", "episodes", "seed", "num_threads"))
+            old for old in known  # those of 0.1.0 have another noise, and say nothing of it
+            if all(old.get(key) == new[key] for key in ("checkpoint", "sha256", "episodes", "seed", "num_threads", "noise"))
         ]
         for old in same_setting:
             outcomes = sum(a != b for a, b in zip(old["success"], new["success"]))

@@ -17,8 +17,8 @@ from pi_stepnft.envs.worker import Died, Inline, Worker, attach, layout, reserve
 
 MAX_RESTARTS = 30
 """How many dead workers a pool replaces within an hour before it gives up: what goes wrong again and again is no accident."""
-START_TIMEOUT = 600
-"""s that a replacement may take to start."""
+START_TIMEOUT = 1800.0
+"""s that a worker may take to build its environments."""
 RESETS = 3
 """How often an episode is begun, whose worker dies of that each time."""
 
@@ -44,7 +44,7 @@ class ChunkVecEnv(ChunkEnv):
             self._where = {slot: (worker, i) for worker in self._workers for i, slot in enumerate(worker.slots)}
             tasks = [("", "")] * num_envs
             for worker in self._workers:
-                facts, tasks[worker.index :: num_workers] = self._receive_or_fail(worker)
+                facts, tasks[worker.index :: num_workers] = self._receive_or_fail(worker, START_TIMEOUT)
             self._describe(chunk, tasks, **facts)
             self._layout = layout(
                 image=(self.observation_space["image"].shape, np.uint8),
@@ -61,7 +61,7 @@ class ChunkVecEnv(ChunkEnv):
             self._arrays = attach(self._memory, *self._layout)
             for worker in self._workers:
                 worker.send("attach", self._layout)
-                self._receive_or_fail(worker)
+                self._receive_or_fail(worker, START_TIMEOUT)
         except BaseException:
             self.close()
             raise
@@ -135,9 +135,9 @@ class ChunkVecEnv(ChunkEnv):
     def _observation(self) -> dict[str, np.ndarray]:
         return {name: self._arrays[name].copy() for name in ("image", "state")}
 
-    def _receive_or_fail(self, worker: Worker) -> Any:
+    def _receive_or_fail(self, worker: Worker, timeout: float | None = None) -> Any:
         try:
-            return worker.receive()
+            return worker.receive(timeout)
         except Died as death:
             raise EnvError(f"environment worker {worker.index} {death}") from None
 
@@ -170,8 +170,8 @@ class ChunkVecEnv(ChunkEnv):
         worker.stop(0)
         worker.start()
         try:
-            worker.receive(max(self.step_timeout, START_TIMEOUT))
+            worker.receive(START_TIMEOUT)
             worker.send("attach", self._layout)
-            worker.receive(max(self.step_timeout, START_TIMEOUT))
+            worker.receive(START_TIMEOUT)
         except Died as again:
             self._replace(worker, again)

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from pi_stepnft import policies
+from pi_stepnft import harness, policies
 from pi_stepnft.harness import checkpoints
+from pi_stepnft.harness.run import HELD, new_folder
 
 
 def make_policy(seed: int) -> policies.Pi0:
@@ -224,6 +225,36 @@ def test_a_manifest_names_no_file_of_another_folder(tmp_path, capsys):
 def test_a_run_without_a_checkpoint(tmp_path):
     with pytest.raises(policies.CheckpointError, match="there is none"):
         checkpoints.newest(tmp_path)
+
+
+
+def test_a_run_that_was_copied_with_what_its_links_point_to_can_be_gone_on_with(tmp_path):
+    training = Training(tmp_path / "run").step()
+    training.save()
+    copied = Training(shutil.copytree(tmp_path / "run", tmp_path / "copy", symlinks=False)).resume()
+    copied.step().save()
+    assert (copied.folder / "policy").is_symlink() and same(Training(copied.folder).resume().facts(), copied.facts())
+
+
+def test_a_run_is_one_process_s_alone(tmp_path):
+    run = harness.Run.__new__(harness.Run)
+    run.folder = tmp_path
+    program = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX); print(1, flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", program, tmp_path], stdin=-1, stdout=-1, text=True) as other:
+        assert other.stdout.readline()
+        with pytest.raises(harness.RunError, match="another process is training in"):
+            run._alone()
+        other.communicate("")
+    run._alone()
+    run._alone()  # this process may
+    os.close(HELD.pop(tmp_path.resolve()))
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_and_not_another_name(tmp_path):
+    (tmp_path / "runs").symlink_to(tmp_path / "nowhere" / "disk")  # as where a disk is not mounted
+    with pytest.raises(OSError):
+        new_folder(tmp_path / "runs" / "x")
+    assert new_folder(tmp_path / "y").name == "y" and new_folder(tmp_path / "y").name == "y+2"
 
 
 @pytest.mark.slow

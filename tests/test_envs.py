@@ -442,6 +442,14 @@ def test_a_killed_worker_costs_its_episodes_and_nothing_else(pool):
     assert info["steps"].tolist() == [8, 8, 0, 8]
 
 
+def test_a_signal_to_the_whole_group_is_the_programs_to_handle(pool):
+    pool.reset(seed=50)
+    for each in pool._workers:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            each.process.send_signal(number)
+    assert not pool.step(np.zeros((4, 8, 7)))[-1]["lost"].any()
+
+
 def test_a_hung_worker_is_replaced(pool, monkeypatch):
     pool.reset(seed=50)
     monkeypatch.setattr(pool, "step_timeout", 1.0)

@@ -394,6 +394,7 @@ def test_an_update_that_is_no_number_is_left_out_and_many_in_a_row_end_the_run()
     assert [updated(nan, 0.0), updated(0.0, float("inf")), updated(0.0, 0.0), updated(nan, nan)] == [False, False, True, False]
     assert training.bad_updates == 3 and losses.means()["grad_norm"] == pytest.approx(3 * 2**0.5 / 3)
     updated(nan, nan)
+    training._sound(True, "another kind")  # as at the end of an iteration
     with pytest.raises(harness.RunError, match="no finite number, 3 times in a row, at iteration 7: lower --learning-rate"):
         updated(nan, nan)
 
