@@ -20,7 +20,9 @@ LEROBOT = "0.6.1"
 """release compared with; its networks ask for transformers 5.4 or 5.5. Releases before 0.5 need a patched transformers that is
 no package"""
 ROOT = Path(__file__).resolve().parents[1]
-REQUIREMENTS = ("torch==2.13.0", "transformers==5.5.4", "draccus", "numpy", "safetensors", "sentencepiece", "tyro")
+OURS = ("torch==2.13.0", "gymnasium", "numpy", "pydantic", "safetensors", "sentencepiece", "tyro")
+"""what our policies and the benchmarks need, but for transformers"""
+REQUIREMENTS = (*OURS, "transformers==5.5.4", "draccus")
 """what lerobot's two networks, our policies and the benchmarks need, and no more"""
 
 
@@ -31,22 +33,25 @@ def whole_lerobot() -> tuple[str, ...]:
             "pandas<3", "pyarrow", "av<16", "jsonlines", "opencv-python-headless<4.14", "huggingface-hub<2", "termcolor")
 
 
-def run_in_venv(folder: Path, requirements: tuple[str, ...] = REQUIREMENTS, python: str = sys.executable) -> None:
+def run_in_venv(
+    folder: Path, requirements: tuple[str, ...] = REQUIREMENTS, python: str = sys.executable, bare: str = f"lerobot=={LEROBOT}"
+) -> None:
     """Return if this interpreter is that of the virtual environment; else make it, run this command there, and exit.
 
-    python: the interpreter that the environment is made by.
+    python: the interpreter that the environment is made by. bare: the package compared with, installed without what its metadata
+    ask for.
     """
     folder = folder.resolve()
     inside = folder / "bin" / "python"
     if Path(sys.prefix).resolve() == folder:
         return
     if not (folder / ".installed").exists():
-        print(f"installing lerobot {LEROBOT} and {', '.join(requirements)} into {folder}", flush=True)
+        print(f"installing {bare} and {', '.join(requirements)} into {folder}", flush=True)
         subprocess.run([python, "-m", "venv", folder], check=True)
         pip = [inside, "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
         subprocess.run([*pip, *requirements], check=True)
-        # Its metadata ask for Python 3.12; of what is imported here nothing does.
-        subprocess.run([*pip, "--no-deps", "--ignore-requires-python", f"lerobot=={LEROBOT}"], check=True)
+        # lerobot's metadata ask for Python 3.12; of what is imported here nothing does.
+        subprocess.run([*pip, "--no-deps", "--ignore-requires-python", bare], check=True)
         (folder / ".installed").touch()
     raise SystemExit(subprocess.run([inside, *sys.argv]).returncode)
 
@@ -83,33 +88,36 @@ def sizes(module: types.ModuleType, c):
         width, mlp = (c.vlm_width, c.vlm_mlp) if variant == "gemma_2b" else (c.expert_width, c.expert_mlp)
         return module.GemmaConfig(width, c.vlm_depth, mlp, c.heads, c.kv_heads, c.head_dim)
 
-    def paligemma(config):
+    return mock.patch.multiple(
+        module, get_gemma_config=gemma_sizes,
+        **layers(module, c, "PaliGemmaForConditionalGenerationWithPiGemma", "PiGemmaForCausalLM"),
+    )
+
+
+def layers(module: types.ModuleType, c, paligemma: str, expert: str) -> dict:
+    """The module's constructors of these two names, but of networks in the sizes that its code does not take from a table."""
+    build_paligemma, build_expert = getattr(module, paligemma), getattr(module, expert)
+
+    def sized_paligemma(config):
         config.projection_dim = config.vision_config.projection_dim = c.vlm_width
         config.text_config.vocab_size = c.vocab_size
         for theirs, size in dict(
             hidden_size=c.vision_width, num_hidden_layers=c.vision_depth, intermediate_size=c.vision_mlp,
-            num_attention_heads=c.vision_heads, patch_size=c.patch_size,
+            num_attention_heads=c.vision_heads, patch_size=c.patch_size, image_size=c.image_size,
         ).items():
             setattr(config.vision_config, theirs, size)
         return build_paligemma(config)
 
-    def expert(config):
+    def sized_expert(config):
         config.vocab_size = c.vocab_size  # of a head that is not used
         return build_expert(config)
 
-    build_paligemma, build_expert = module.PaliGemmaForConditionalGenerationWithPiGemma, module.PiGemmaForCausalLM
-    return mock.patch.multiple(
-        module, get_gemma_config=gemma_sizes, PaliGemmaForConditionalGenerationWithPiGemma=paligemma, PiGemmaForCausalLM=expert
-    )
+    return {paligemma: sized_paligemma, expert: sized_expert}
 
 
 def lerobot_network(policy, train_expert_only: bool = False):
     """lerobot's `PI0Pytorch` or `PI05Pytorch` of this policy's type, sizes and weights, float32, in eval mode."""
-    from pi_stepnft.policies.checkpoint import published_name
-
     c = policy.config
-    if c.heads != 8:
-        raise ValueError(f"heads is {c.heads}; lerobot's networks have 8 fixed in the code that computes a loss")
     module = modelling(c.type)
     config = SimpleNamespace(
         paligemma_variant="gemma_2b", action_expert_variant="gemma_300m", dtype="float32",
@@ -122,6 +130,16 @@ def lerobot_network(policy, train_expert_only: bool = False):
         network = {"pi0": "PI0Pytorch", "pi05": "PI05Pytorch"}[c.type]
         network = getattr(module, network)(config)
 
+    return with_weights(network, policy)
+
+
+def with_weights(network, policy):
+    """The network, of published names and this policy's sizes, with the policy's weights and in eval mode."""
+    from pi_stepnft.policies.checkpoint import published_name
+
+    if policy.config.heads != 8:
+        raise ValueError(f"heads is {policy.config.heads}; lerobot and openpi have 8 fixed in the code that computes a loss")
+
     def level(name: str) -> str:  # releases of transformers differ in this level of the vision tower
         return name.replace("vision_tower.vision_model.", "vision_tower.")
 
@@ -130,7 +148,7 @@ def lerobot_network(policy, train_expert_only: bool = False):
     ours["paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"] = embedding
     names = {level(name): name for name in network.state_dict()}
     if surplus := sorted(ours.keys() - names.keys() - {"paligemma_with_expert.paligemma.lm_head.weight"}):
-        raise ValueError(f"lerobot's network has no {', '.join(surplus)}")
+        raise ValueError(f"the network compared with has no {', '.join(surplus)}")
     weights = {names[name]: tensor for name, tensor in ours.items() if name in names}
     missing, _ = network.load_state_dict(weights, strict=False)
     if missing := set(missing) - {"paligemma_with_expert.gemma_expert.lm_head.weight"}:

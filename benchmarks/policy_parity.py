@@ -1,32 +1,34 @@
-"""Numbers of π0 and π0.5 against lerobot's, in float32 on random weights, relative to the largest value.
+"""Numbers of π0 and π0.5 against openpi's and lerobot's, in float32 on random weights, relative to the largest value.
 
-    python benchmarks/policy_parity.py          # makes a virtual environment with lerobot's networks, then compares there
+    python benchmarks/policy_parity.py --reference openpi     # makes a virtual environment with openpi's networks, then compares
+    python benchmarks/policy_parity.py --reference lerobot    # there; their releases of transformers exclude each other
 
 Both get the same weights, every parameter far from its initial value, and five observations: with all cameras, with the middle,
 the first, the last or two of three absent, and with texts of different lengths. Compared are velocities, the loss of every
 action element, and samples of ten steps. Prints a Markdown table and writes it to a JSON file; exits with 1 above the limit.
-
-openpi, from which lerobot's networks are ported, is not on the package index (its entry there is an empty placeholder), so it
-is not compared directly.
 """
 
 import json
 import platform
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a file of a checkout runs that checkout's code
 import pi_stepnft  # noqa: F401
 
 sys.path.pop(0)
 
+import lerobot_reference as lerobot
+import openpi_reference as openpi
 import torch
 import tyro
-from lerobot_reference import LEROBOT, lerobot_inputs, lerobot_network, run_in_venv
 
+from pi_stepnft import harness
 from pi_stepnft.policies import Pi0, Pi0Config, Pi05, Pi05Config
 
 SIZES = dict(
@@ -34,18 +36,36 @@ SIZES = dict(
     vlm_width=128, vlm_depth=4, vlm_mlp=256, expert_width=64, expert_mlp=128, heads=8, kv_heads=1, head_dim=32,
     vocab_size=512, horizon=10,
 )
+COMPARED = ("velocity", "loss", "samples")
+"""errors that the limit is for"""
+
+
+class Reference(NamedTuple):
+    package: str
+    release: str
+    requirements: tuple[str, ...]
+    network: Callable
+    inputs: Callable
+
+
+REFERENCES = dict(
+    openpi=Reference("rlinf-openpi", openpi.OPENPI, openpi.REQUIREMENTS, openpi.openpi_network, openpi.openpi_inputs),
+    lerobot=Reference("lerobot", lerobot.LEROBOT, lerobot.REQUIREMENTS, lerobot.lerobot_network, lerobot.lerobot_inputs),
+)
 
 
 @dataclass
 class Args:
-    venv: Path = Path(tempfile.gettempdir()) / f"lerobot-{LEROBOT}"
-    """virtual environment for lerobot, made if it is not there"""
+    reference: Literal["openpi", "lerobot"]
+    """compared with"""
+    venv: Path | None = None
+    """virtual environment for the reference, made if it is not there; default: in the folder for temporary files"""
     seeds: int = 3
     """random policies and inputs per type"""
     limit: float = 1e-5
     """largest relative error that passes"""
-    out: Path = Path(__file__).parent / "results" / "policy_parity.json"
-    """results file"""
+    out: Path | None = None
+    """results file; default: benchmarks/results/policy_parity_<reference>.json"""
 
 
 def random_policy(model: type[Pi0], config: Pi0Config, seed: int) -> Pi0:
@@ -77,11 +97,11 @@ def random_inputs(c: Pi0Config, seed: int) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def relative_errors(policy: Pi0, inputs: dict) -> dict[str, float]:
-    """Relative error of velocities, losses and ten-step samples."""
-    theirs, observation = lerobot_network(policy), lerobot_inputs(policy, inputs)
+def relative_errors(reference: Reference, policy: Pi0, inputs: dict) -> dict[str, float]:
+    """Relative error of velocities, losses and ten-step samples; of openpi also of the samples at its solver's own times."""
+    theirs, observation = reference.network(policy), reference.inputs(policy, inputs)
     actions, noise, t, state = (inputs[k] for k in ("actions", "noise", "t", "state"))
-    seen = []  # lerobot's forward returns the loss only
+    seen = []  # their forward returns the loss only
     handle = theirs.action_out_proj.register_forward_hook(lambda module, inputs, output: seen.append(output))
     loss = theirs(*observation, actions, noise, t)
     handle.remove()
@@ -94,24 +114,36 @@ def relative_errors(policy: Pi0, inputs: dict) -> dict[str, float]:
         loss=(policy.flow_loss(prefix, state, actions, noise, t), loss),
         samples=(policy.sample(prefix, state, noise, num_steps=10), sampled),
     )
+    if reference.package == "rlinf-openpi":
+        pairs["own_times"] = pairs["samples"][0], theirs.sample_actions(*observation, noise=noise, num_steps=10, own_times=True)
     return {name: ((a - b).abs().max() / b.abs().max()).item() for name, (a, b) in pairs.items()}
 
 
 def main(args: Args) -> int:
-    run_in_venv(args.venv)
+    reference = REFERENCES[args.reference]
+    compared = f"{reference.package} {reference.release}"
+    venv = args.venv or Path(tempfile.gettempdir()) / compared.replace(" ", "-")
+    lerobot.run_in_venv(venv, reference.requirements, bare=compared.replace(" ", "=="))
     torch.set_num_threads(1)
     results = []
     for model, sizes in ((Pi0, Pi0Config), (Pi05, Pi05Config)):
         config = sizes(**SIZES)
-        rows = [relative_errors(random_policy(model, config, seed), random_inputs(config, seed)) for seed in range(args.seeds)]
+        rows = [
+            relative_errors(reference, random_policy(model, config, seed), random_inputs(config, seed))
+            for seed in range(args.seeds)
+        ]
         results.append(dict(type=config.type, errors={name: max(row[name] for row in rows) for name in rows[0]}))
-    print(f"| largest relative error to lerobot {LEROBOT} | velocity | loss | 10-step samples |\n| --- | --- | --- | --- |")
+    print(f"| largest relative error to {compared} | velocity | loss | 10-step samples |\n| --- | --- | --- | --- |")
     for row in results:
-        print(f"| {row['type']} | " + " | ".join(f"{row['errors'][k]:.1e}" for k in ("velocity", "loss", "samples")) + " |")
-    packages = {name: version(name) for name in ("lerobot", "transformers", "torch")}
-    record = dict(sizes=SIZES, seeds=args.seeds, python=platform.python_version(), packages=packages, results=results)
-    args.out.write_text(json.dumps(record, indent=2) + "\n")
-    worst = max(max(row["errors"].values()) for row in results)
+        print(f"| {row['type']} | " + " | ".join(f"{row['errors'][k]:.1e}" for k in COMPARED) + " |")
+    pinned = [requirement.split("==")[0] for requirement in reference.requirements if "==" in requirement]
+    packages = {name: version(name) for name in (reference.package, *pinned)}
+    record = dict(
+        commit=harness.commit(), sizes=SIZES, seeds=args.seeds, python=platform.python_version(), packages=packages, results=results
+    )
+    out = args.out or Path(__file__).parent / "results" / f"policy_parity_{args.reference}.json"
+    out.write_text(json.dumps(record, indent=2) + "\n")
+    worst = max(row["errors"][k] for row in results for k in COMPARED)
     if not worst <= args.limit:
         print(f"the largest error is {worst:.1e}; expected at most {args.limit:.0e}", file=sys.stderr)
     return int(not worst <= args.limit)
