@@ -117,7 +117,11 @@ def layers(module: types.ModuleType, c, paligemma: str, expert: str) -> dict:
 
 def lerobot_network(policy, train_expert_only: bool = False):
     """lerobot's `PI0Pytorch` or `PI05Pytorch` of this policy's type, sizes and weights, float32, in eval mode."""
+    from pi_stepnft.policies.checkpoint import published_name
+
     c = policy.config
+    if c.heads != 8:
+        raise ValueError(f"heads is {c.heads}; lerobot's networks have 8 fixed in the code that computes a loss")
     module = modelling(c.type)
     config = SimpleNamespace(
         paligemma_variant="gemma_2b", action_expert_variant="gemma_300m", dtype="float32",
@@ -130,16 +134,6 @@ def lerobot_network(policy, train_expert_only: bool = False):
         network = {"pi0": "PI0Pytorch", "pi05": "PI05Pytorch"}[c.type]
         network = getattr(module, network)(config)
 
-    return with_weights(network, policy)
-
-
-def with_weights(network, policy):
-    """The network, of published names and this policy's sizes, with the policy's weights and in eval mode."""
-    from pi_stepnft.policies.checkpoint import published_name
-
-    if policy.config.heads != 8:
-        raise ValueError(f"heads is {policy.config.heads}; lerobot and openpi have 8 fixed in the code that computes a loss")
-
     def level(name: str) -> str:  # releases of transformers differ in this level of the vision tower
         return name.replace("vision_tower.vision_model.", "vision_tower.")
 
@@ -148,7 +142,7 @@ def with_weights(network, policy):
     ours["paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"] = embedding
     names = {level(name): name for name in network.state_dict()}
     if surplus := sorted(ours.keys() - names.keys() - {"paligemma_with_expert.paligemma.lm_head.weight"}):
-        raise ValueError(f"the network compared with has no {', '.join(surplus)}")
+        raise ValueError(f"lerobot's network has no {', '.join(surplus)}")
     weights = {names[name]: tensor for name, tensor in ours.items() if name in names}
     missing, _ = network.load_state_dict(weights, strict=False)
     if missing := set(missing) - {"paligemma_with_expert.gemma_expert.lm_head.weight"}:

@@ -10,11 +10,15 @@ Five files of transformers 4.53.2 are openpi's own (`transformers_replace`), to 
 
 import importlib
 import sys
+import tempfile
 from types import SimpleNamespace
 from unittest import mock
 
+import safetensors.torch
 import torch
-from lerobot_reference import OURS, StandIn, layers, with_weights
+from lerobot_reference import OURS, StandIn, layers
+
+from pi_stepnft import policies
 
 OPENPI = "0.1.1"
 """release of rlinf-openpi"""
@@ -23,7 +27,7 @@ REQUIREMENTS = (*OURS, "rlinf-transformer-openpi==4.53.2", "pytest")
 
 
 def openpi_network(policy):
-    """openpi's `PI0Pytorch` of this policy's type, sizes and weights, float32, in eval mode.
+    """openpi's `PI0Pytorch` of this policy's type and sizes, float32, in eval mode, with the weights that `policies.export` writes.
 
     Its solver counts time down in float32, so that a step of 0.1 ends up 1e-7 off, which is 1e-4 in the angle of the time embedding
     at the shortest period. `sample_actions` puts the rounded times in, unless `own_times`.
@@ -49,7 +53,10 @@ def openpi_network(policy):
     with mock.patch.multiple(
         gemma_pytorch, **layers(gemma_pytorch, c, "PaliGemmaForConditionalGeneration", "GemmaForCausalLM")
     ):
-        network = with_weights(pi0_pytorch.PI0Pytorch(config), policy)
+        network = pi0_pytorch.PI0Pytorch(config).eval()
+    with tempfile.TemporaryDirectory() as folder:  # the way in which openpi's server loads a policy: strictly
+        policies.export(policy, folder, asset_id="any")
+        safetensors.torch.load_model(network, f"{folder}/model.safetensors")
     torch.set_float32_matmul_precision("highest")  # the constructor lowers it for the whole process
     published = pi0_pytorch.PI0Pytorch  # of the instance, the constructor compiles sample_actions, which would take minutes
 

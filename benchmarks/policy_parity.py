@@ -29,12 +29,12 @@ import torch
 import tyro
 
 from pi_stepnft import harness
-from pi_stepnft.policies import Pi0, Pi0Config, Pi05, Pi05Config
+from pi_stepnft.policies import NormStats, Pi0, Pi0Config, Pi05, Pi05Config, Processor, Tokenizer
 
 SIZES = dict(
     image_size=56, patch_size=14, num_cameras=3, vision_width=96, vision_depth=3, vision_mlp=192, vision_heads=4,
     vlm_width=128, vlm_depth=4, vlm_mlp=256, expert_width=64, expert_mlp=128, heads=8, kv_heads=1, head_dim=32,
-    vocab_size=512, horizon=10,
+    vocab_size=768, horizon=10,
 )
 COMPARED = ("velocity", "loss", "samples")
 """errors that the limit is for"""
@@ -74,6 +74,7 @@ def random_policy(model: type[Pi0], config: Pi0Config, seed: int) -> Pi0:
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
+    policy.processor = Processor(config, Tokenizer(), NormStats.identity(config.state_dim), NormStats.identity(config.action_dim))
     return policy.eval()
 
 
