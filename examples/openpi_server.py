@@ -1,5 +1,5 @@
 # Docs: docs/frameworks.md. Serve a policy to openpi's clients: python examples/openpi_server.py pi0-tiny-pickcube-rgb
-"""openpi's protocol, msgpack over a websocket, which `WebsocketClientPolicy` of openpi-client speaks.
+"""openpi's protocol, msgpack over a websocket, arrays as `WebsocketClientPolicy` of openpi-client writes and reads them.
 
 The first message to a client says what is served; then each of its messages is an observation, and the answer holds "actions"
 (H, A), a chunk in the environment's units. Text instead of a packed answer is an error, which the client raises.
@@ -41,7 +41,6 @@ class Args:
     """of the noise, which is drawn in the order in which observations arrive"""
 
 
-# How openpi-client writes arrays.
 to_wire = lambda x: {b"__ndarray__": True, b"data": x.tobytes(), b"dtype": x.dtype.str, b"shape": x.shape}
 from_wire = lambda x: np.frombuffer(x[b"data"], x[b"dtype"]).reshape(x[b"shape"]) if b"__ndarray__" in x else x
 
