@@ -162,43 +162,28 @@ def main(args: Args) -> None:
     if args.compile:
         policy.velocity = torch.compile(policy.velocity)
     solver = dict(num_steps=K, noise_level=args.noise_level)
-    venv = run.make_envs(policy)
-    B = args.num_envs
+    run.make_envs(policy)
+    E, G = args.num_envs * args.rollout_epochs, args.group_size
     run.begin(dict(policy=policy), optimizer)
 
     for iteration in run.iterations():
         # ---------------------------------------------------------------------- rollout: one noisy solver step per chunk
-        batches, prefixes, success, lost, group = [], run.prefixes(), [], [], []
+        batches, prefixes = [], run.prefixes()
+        rollout = run.rollout(run.rng.integers(envs.TRAIN_SEEDS, size=E // G).repeat(G))  # G episodes from each initial state
         policy.eval()
         with torch.inference_mode():
-            for epoch in range(args.rollout_epochs):
-                seeds = run.rng.integers(envs.TRAIN_SEEDS, size=B // args.group_size).repeat(args.group_size)
-                obs, _ = venv.reset(seed=seeds)
-                running, gone, turn = np.ones(B, bool), np.zeros(B, bool), 0
-                while running.any() and not 0 < args.rollout_steps <= turn * run.execute:
-                    index = np.flatnonzero(running)
-                    seen = {name: value[index] for name, value in obs.items()}
-                    *inputs, state = policy.processor(seen, [venv.instructions[i] for i in index])
-                    prefix = policy.encode_prefix(*inputs)
-                    x, step, log_probs = flow_sde_sample(policy, prefix, state, **solver, mask=run.mask)
-                    prefixes.remember(inputs, prefix)
-                    episode = torch.from_numpy(epoch * B + index)
-                    batches.append(Chunks(state, x, step, log_probs, episode))
-                    actions = np.zeros((B, run.execute, venv.action_dim), np.float32)
-                    actions[index] = policy.processor.unnormalize_actions(x[:, -1, : run.execute], seen["state"]).cpu().numpy()
-                    obs, _, terminated, truncated, info = venv.step(actions)
-                    run.env_steps += int(info["steps"].sum())
-                    running &= ~(terminated | truncated)
-                    gone |= info["lost"]
-                    turn += 1
-                success.append(info["success"])
-                lost.append(gone)
-                group.append(epoch * B + np.arange(B) // args.group_size)
+            for turn in rollout:  # the next chunk of the episodes that are still running
+                *inputs, state = policy.processor(turn.obs, turn.instructions)
+                prefix = policy.encode_prefix(*inputs)
+                x, step, log_probs = flow_sde_sample(policy, prefix, state, **solver, mask=run.mask)
+                prefixes.remember(inputs, prefix)
+                batches.append(Chunks(state, x, step, log_probs, turn.episode))
+                turn.act(policy.processor.unnormalize_actions(x[:, -1, : run.execute], turn.obs["state"]))
         run.lap("rollout")
 
         # ---------------------------------------------------------------------- advantages
         chunks = Chunks(*map(torch.cat, zip(*batches)))
-        success, lost, group = np.concatenate(success), np.concatenate(lost), np.concatenate(group)  # (E,)
+        success, lost, group = rollout.success, rollout.lost, np.arange(E) // G  # (E,)
         group[lost] = -1 - np.flatnonzero(lost)  # nobody is compared with a lost episode, nor learns from it
         episode = chunks.episode.numpy()
         advantages, keep = (each[episode] for each in group_advantages(success, group))  # the same for all chunks of an episode
@@ -228,7 +213,7 @@ def main(args: Args) -> None:
                     optimizer.step()
 
         advantage_mean = advantages[used].mean().item() if M else 0.0
-        run.log(success, lost, losses, signal=keep.mean(), advantage_mean=advantage_mean)
+        run.log(rollout, losses, signal=keep.mean(), advantage_mean=advantage_mean)
         run.evaluate_and_save_when_due()
     run.finish(forward_passes=1)  # velocities of a chunk in one pass of the update
 

@@ -168,43 +168,28 @@ def main(args: Args) -> None:
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, betas=(0.9, 0.95), eps=1e-5, fused=fused)  # as StepNFT's
     if args.compile:
         policy.velocity, rollout_policy.velocity = torch.compile(policy.velocity), torch.compile(rollout_policy.velocity)
-    venv = run.make_envs(policy)
-    B = args.num_envs
+    run.make_envs(policy)
+    E, G = args.num_envs * args.rollout_epochs, args.group_size
     run.begin(dict(policy=policy, rollout_policy=rollout_policy), optimizer)
 
     for iteration in run.iterations():
         # ---------------------------------------------------------------------- rollout: act with θ_old by the ODE, remember chunks
-        batches, prefixes, success, lost, group = [], run.prefixes(), [], [], []
+        batches, prefixes = [], run.prefixes()
+        rollout = run.rollout(run.rng.integers(envs.TRAIN_SEEDS, size=E // G).repeat(G))  # G episodes from each initial state
         rollout_policy.eval()
         with torch.inference_mode():
-            for epoch in range(args.rollout_epochs):
-                seeds = run.rng.integers(envs.TRAIN_SEEDS, size=B // args.group_size).repeat(args.group_size)
-                obs, _ = venv.reset(seed=seeds)
-                running, gone, turn = np.ones(B, bool), np.zeros(B, bool), 0
-                while running.any() and not 0 < args.rollout_steps <= turn * run.execute:
-                    index = np.flatnonzero(running)
-                    seen = {name: value[index] for name, value in obs.items()}
-                    *inputs, state = policy.processor(seen, [venv.instructions[i] for i in index])
-                    prefix = rollout_policy.encode_prefix(*inputs)
-                    x_0 = rollout_policy.sample(prefix, state, num_steps=K)
-                    prefixes.remember(inputs, prefix)
-                    episode = torch.from_numpy(epoch * B + index)
-                    batches.append(Chunks(state, x_0, episode, torch.full_like(episode, turn)))
-                    actions = np.zeros((B, run.execute, venv.action_dim), np.float32)
-                    actions[index] = policy.processor.unnormalize_actions(x_0[:, : run.execute], seen["state"]).cpu().numpy()
-                    obs, _, terminated, truncated, info = venv.step(actions)
-                    run.env_steps += int(info["steps"].sum())
-                    running &= ~(terminated | truncated)
-                    gone |= info["lost"]
-                    turn += 1
-                success.append(info["success"])
-                lost.append(gone)
-                group.append(epoch * B + np.arange(B) // args.group_size)
+            for turn in rollout:  # the next chunk of the episodes that are still running
+                *inputs, state = policy.processor(turn.obs, turn.instructions)
+                prefix = rollout_policy.encode_prefix(*inputs)
+                x_0 = rollout_policy.sample(prefix, state, num_steps=K)
+                prefixes.remember(inputs, prefix)
+                batches.append(Chunks(state, x_0, turn.episode, turn.number))
+                turn.act(policy.processor.unnormalize_actions(x_0[:, : run.execute], turn.obs["state"]))
         run.lap("rollout")
 
         # ---------------------------------------------------------------------- optimality
         chunks = Chunks(*map(torch.cat, zip(*batches)))
-        success, lost, group = np.concatenate(success), np.concatenate(lost), np.concatenate(group)  # (E,)
+        success, lost, group = rollout.success, rollout.lost, np.arange(E) // G  # (E,)
         group[lost] = -1 - np.flatnonzero(lost)  # nobody is compared with a lost episode
         episode, turn = chunks.episode.numpy(), chunks.turn.numpy()
         optimality, keep = chunk_optimality(success, group, episode, turn, args.labels)
@@ -250,7 +235,7 @@ def main(args: Args) -> None:
         update_rollout_policy(rollout_parameters, parameters, alpha)
 
         optimality_mean = optimality[used].mean().item() if M else 0.5
-        run.log(success, lost, losses, signal=keep.mean(), optimality_mean=optimality_mean, ema_decay=alpha)
+        run.log(rollout, losses, signal=keep.mean(), optimality_mean=optimality_mean, ema_decay=alpha)
         run.evaluate_and_save_when_due()
     run.finish(forward_passes=2 * args.draws)  # velocities of a chunk in one pass of the update: θ's, and θ_old's without gradient
 

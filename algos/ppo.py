@@ -92,7 +92,6 @@ class Chunks(NamedTuple):
     step: torch.Tensor  # (M, n) which of its steps were noisy
     log_prob: torch.Tensor  # (M,) of those steps together
     value: torch.Tensor  # (M,)
-    reward: torch.Tensor  # (M,) summed over the chunk's actions
     episode: torch.Tensor  # (M,) which of the iteration's episodes it belongs to
     turn: torch.Tensor  # (M,) how many chunks that episode had before it
 
@@ -294,59 +293,37 @@ def main(args: Args) -> None:
     if args.compile:
         policy.features = torch.compile(policy.features)
     solver = dict(num_steps=K, noise_level=args.noise_level)
-    venv = run.make_envs(policy)
-    B = args.num_envs
+    run.make_envs(policy)
+    E = args.num_envs * args.rollout_epochs
     run.begin(dict(policy=policy), optimizer, unsaved=heads)
 
     for iteration in run.iterations():
         # ---------------------------------------------------------------------- rollout: one noisy solver step per chunk
-        batches, prefixes, success, lost, ended, last_values = [], run.prefixes(), [], [], [], []
+        batches, prefixes, last_values = [], run.prefixes(), np.zeros(E)
+        rollout = run.rollout(run.rng.integers(envs.TRAIN_SEEDS, size=E), observe_cut=args.bootstrap)
         policy.eval()
         with torch.inference_mode():
-            for epoch in range(args.rollout_epochs):
-                obs, _ = venv.reset(seed=run.rng.integers(envs.TRAIN_SEEDS, size=B))
-                running, gone, turn = np.ones(B, bool), np.zeros(B, bool), 0
-                done, last_value = np.zeros(B, bool), np.zeros(B)
-                while running.any() and not 0 < args.rollout_steps <= turn * run.execute:
-                    index = np.flatnonzero(running)
-                    seen = {name: value[index] for name, value in obs.items()}
-                    *inputs, state = policy.processor(seen, [venv.instructions[i] for i in index])
-                    prefix = policy.encode_prefix(*inputs)
-                    x, *sampled = flow_sde_sample(policy, value_head, noise_head, prefix, state, run.mask, **solver)
-                    prefixes.remember(inputs, prefix)
-                    actions = np.zeros((B, run.execute, venv.action_dim), np.float32)
-                    actions[index] = policy.processor.unnormalize_actions(x[:, -1, : run.execute], seen["state"]).cpu().numpy()
-                    obs, reward, terminated, truncated, info = venv.step(actions)
-                    episode = torch.from_numpy(epoch * B + index)
-                    reward = torch.from_numpy(reward[index])
-                    batches.append(Chunks(state, x, *sampled, reward, episode, torch.full_like(episode, turn)))
-                    run.env_steps += int(info["steps"].sum())
-                    done |= running & terminated
-                    running &= ~(terminated | truncated)
-                    gone |= info["lost"]
-                    turn += 1
-                cut = np.flatnonzero(~done & ~gone)  # their last observation's value is that of one more chunk, never executed
-                if args.bootstrap and len(cut):
-                    *inputs, state = policy.processor({name: value[cut] for name, value in obs.items()},
-                                                      [venv.instructions[i] for i in cut])
-                    prefix = policy.encode_prefix(*inputs)
-                    *_, value = flow_sde_sample(policy, value_head, noise_head, prefix, state, run.mask, **solver)
-                    last_value[cut] = value.cpu().numpy()
-                success.append(info["success"])
-                lost.append(gone)
-                ended.append(done)
-                last_values.append(last_value)
+            for turn in rollout:  # the next chunk of the episodes that are still running
+                *inputs, state = policy.processor(turn.obs, turn.instructions)
+                prefix = policy.encode_prefix(*inputs)
+                x, *sampled = flow_sde_sample(policy, value_head, noise_head, prefix, state, run.mask, **solver)
+                if turn.cut:  # their last observation's value is that of one more chunk, never executed
+                    last_values[turn.episode] = sampled[-1].cpu()
+                    continue
+                prefixes.remember(inputs, prefix)
+                batches.append(Chunks(state, x, *sampled, turn.episode, turn.number))
+                turn.act(policy.processor.unnormalize_actions(x[:, -1, : run.execute], turn.obs["state"]))
         run.lap("rollout")
 
         # ---------------------------------------------------------------------- advantages
         chunks = Chunks(*map(torch.cat, zip(*batches)))
-        success, lost, ended, last_values = (np.concatenate(each) for each in (success, lost, ended, last_values))  # (E,)
         episode, turn = chunks.episode.numpy(), chunks.turn.numpy()
-        rewards, values, valid = np.zeros((3, len(success), turn.max() + 1))  # (E, P) each
-        rewards[episode, turn], values[episode, turn], valid[episode, turn] = chunks.reward, chunks.value.cpu(), 1
-        tables = gae(rewards, values, valid > 0, ended, last_values, gamma=args.gamma, gae_lambda=args.gae_lambda)
+        values, valid = np.zeros((2, *rollout.rewards.shape))  # (E, P) each
+        values[episode, turn], valid[episode, turn] = chunks.value.cpu(), 1
+        tables = gae(rollout.rewards, values, valid > 0, rollout.terminated, last_values, gamma=args.gamma,
+                     gae_lambda=args.gae_lambda)
         advantages, returns = (torch.from_numpy(table[episode, turn]).float().to(device) for table in tables)
-        used = torch.from_numpy(np.flatnonzero(~lost[episode])).to(device)  # (M,) chunks to learn from
+        used = torch.from_numpy(np.flatnonzero(~rollout.lost[episode])).to(device)  # (M,) chunks to learn from
         if args.normalize_advantages:
             advantages = (advantages - advantages[used].mean()) / (advantages[used].std(correction=0) + 1e-8)
         M = len(used)
@@ -383,7 +360,7 @@ def main(args: Args) -> None:
 
         value, target = chunks.value[used], returns[used]
         explained = 1 - ((target - value).var() / target.var().clamp(min=1e-8)).item()
-        run.log(success, lost, losses, value_mean=value.mean(), return_mean=target.mean(), explained_variance=explained)
+        run.log(rollout, losses, value_mean=value.mean(), return_mean=target.mean(), explained_variance=explained)
         run.evaluate_and_save_when_due()
     run.finish(forward_passes=K if args.noise == "learned" else 1)  # velocities of a chunk in one pass of the update
 

@@ -146,42 +146,28 @@ def main(args: Args) -> None:
         policy.velocity = torch.compile(policy.velocity)
     solver = dict(num_steps=K, noise_level=args.noise_level)
     replay = deque(maxlen=args.replay)  # of the last iterations' successes: what their prefixes hold, then their chunks
-    venv = run.make_envs(policy)
-    B = args.num_envs
+    run.make_envs(policy)
+    E, G = args.num_envs * args.rollout_epochs, args.group_size
     run.begin(dict(policy=policy), optimizer, memory=replay)
 
     for iteration in run.iterations():
         # ---------------------------------------------------------------------- rollout: act with θ, remember chunks
-        batches, prefixes, success, lost, group = [], run.prefixes(), [], [], []
+        batches, prefixes = [], run.prefixes()
+        rollout = run.rollout(run.rng.integers(envs.TRAIN_SEEDS, size=E // G).repeat(G))  # G episodes from each initial state
         policy.eval()
         with torch.inference_mode():
-            for epoch in range(args.rollout_epochs):
-                seeds = run.rng.integers(envs.TRAIN_SEEDS, size=B // args.group_size).repeat(args.group_size)
-                obs, _ = venv.reset(seed=seeds)
-                running, gone, turn = np.ones(B, bool), np.zeros(B, bool), 0
-                while running.any() and not 0 < args.rollout_steps <= turn * run.execute:
-                    index = np.flatnonzero(running)
-                    seen = {name: value[index] for name, value in obs.items()}
-                    *inputs, state = policy.processor(seen, [venv.instructions[i] for i in index])
-                    prefix = policy.encode_prefix(*inputs)
-                    x_0 = flow_sde_sample(policy, prefix, state, **solver)
-                    prefixes.remember(inputs, prefix)
-                    batches.append(Chunks(state, x_0, torch.from_numpy(epoch * B + index)))
-                    actions = np.zeros((B, run.execute, venv.action_dim), np.float32)
-                    actions[index] = policy.processor.unnormalize_actions(x_0[:, : run.execute], seen["state"]).cpu().numpy()
-                    obs, _, terminated, truncated, info = venv.step(actions)
-                    run.env_steps += int(info["steps"].sum())
-                    running &= ~(terminated | truncated)
-                    gone |= info["lost"]
-                    turn += 1
-                success.append(info["success"])
-                lost.append(gone)
-                group.append(epoch * B + np.arange(B) // args.group_size)
+            for turn in rollout:  # the next chunk of the episodes that are still running
+                *inputs, state = policy.processor(turn.obs, turn.instructions)
+                prefix = policy.encode_prefix(*inputs)
+                x_0 = flow_sde_sample(policy, prefix, state, **solver)
+                prefixes.remember(inputs, prefix)
+                batches.append(Chunks(state, x_0, turn.episode))
+                turn.act(policy.processor.unnormalize_actions(x_0[:, : run.execute], turn.obs["state"]))
         run.lap("rollout")
 
         # ---------------------------------------------------------------------- keep what succeeded
         chunks = Chunks(*map(torch.cat, zip(*batches)))
-        success, lost, group = np.concatenate(success), np.concatenate(lost), np.concatenate(group)  # (E,)
+        success, lost, group = rollout.success, rollout.lost, np.arange(E) // G  # (E,)
         group[lost] = -1 - np.flatnonzero(lost)  # nobody is compared with a lost episode
         keep = chunks_to_clone(success & ~lost, group, chunks.episode.numpy(), args.contrast)
         used = torch.from_numpy(np.flatnonzero(keep)).to(device)  # (M,) chunks to learn from
@@ -216,7 +202,7 @@ def main(args: Args) -> None:
                 if run.clip_gradients(losses, grad_norm=parameters):
                     optimizer.step()
 
-        run.log(success, lost, losses, signal=keep.mean())
+        run.log(rollout, losses, signal=keep.mean())
         run.evaluate_and_save_when_due()
     run.finish(forward_passes=args.draws)  # velocities of a chunk in one pass of the update
 

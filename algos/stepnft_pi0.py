@@ -305,8 +305,8 @@ def main(args: Args) -> None:
         policy.velocity, rollout_policy.velocity = torch.compile(policy.velocity), torch.compile(rollout_policy.velocity)
     mask = run.mask if args.mask_padding else torch.ones_like(run.mask)
     std_eps = 1.0 if args.sampler == "ode" else args.std_eps  # ode: the variance is 0 + 1
-    venv = run.make_envs(policy)
-    B = args.num_envs
+    run.make_envs(policy)
+    E, G = args.num_envs * args.rollout_epochs, args.group_size
     run.begin(dict(policy=policy, rollout_policy=rollout_policy), optimizer)
 
     for iteration in run.iterations():
@@ -314,37 +314,22 @@ def main(args: Args) -> None:
         noise_ends = args.noise_level, args.noise_end or args.noise_level
         noise_level = float(np.interp(iteration, (0, max(1, args.iterations - 1)), noise_ends)) * (args.sampler == "sde")
         solver = dict(num_steps=K, noise_level=noise_level)
-        batches, prefixes, success, lost, group = [], run.prefixes(), [], [], []
+        batches, prefixes = [], run.prefixes()
+        rollout = run.rollout(run.rng.integers(envs.TRAIN_SEEDS, size=E // G).repeat(G))  # G episodes from each initial state
         rollout_policy.eval()
         with torch.inference_mode():
-            for epoch in range(args.rollout_epochs):
-                seeds = run.rng.integers(envs.TRAIN_SEEDS, size=B // args.group_size).repeat(args.group_size)
-                obs, _ = venv.reset(seed=seeds)
-                running, gone, turn = np.ones(B, bool), np.zeros(B, bool), 0
-                while running.any() and not 0 < args.rollout_steps <= turn * run.execute:
-                    index = np.flatnonzero(running)
-                    seen = {name: value[index] for name, value in obs.items()}
-                    *inputs, state = policy.processor(seen, [venv.instructions[i] for i in index])
-                    prefix = rollout_policy.encode_prefix(*inputs)
-                    x, v = flow_sde_sample(rollout_policy, prefix, state, **solver)
-                    prefixes.remember(inputs, prefix)
-                    episode = torch.from_numpy(epoch * B + index)
-                    batches.append(Chunks(state, x, v, episode, torch.full_like(episode, turn)))
-                    actions = np.zeros((B, run.execute, venv.action_dim), np.float32)
-                    actions[index] = policy.processor.unnormalize_actions(x[:, -1, : run.execute], seen["state"]).cpu().numpy()
-                    obs, _, terminated, truncated, info = venv.step(actions)
-                    run.env_steps += int(info["steps"].sum())
-                    running &= ~(terminated | truncated)
-                    gone |= info["lost"]
-                    turn += 1
-                success.append(info["success"])
-                lost.append(gone)
-                group.append(epoch * B + np.arange(B) // args.group_size)
+            for turn in rollout:  # the next chunk of the episodes that are still running
+                *inputs, state = policy.processor(turn.obs, turn.instructions)
+                prefix = rollout_policy.encode_prefix(*inputs)
+                x, v = flow_sde_sample(rollout_policy, prefix, state, **solver)
+                prefixes.remember(inputs, prefix)
+                batches.append(Chunks(state, x, v, turn.episode, turn.number))
+                turn.act(policy.processor.unnormalize_actions(x[:, -1, : run.execute], turn.obs["state"]))
         run.lap("rollout")
 
         # ---------------------------------------------------------------------- labels
         chunks = Chunks(*map(torch.cat, zip(*batches)))
-        success, lost, group = np.concatenate(success), np.concatenate(lost), np.concatenate(group)  # (E,)
+        success, lost, group = rollout.success, rollout.lost, np.arange(E) // G  # (E,)
         group[lost] = -1 - np.flatnonzero(lost)  # nobody is compared with a lost episode
         episode, turn = chunks.episode.numpy(), chunks.turn.numpy()
         labels, keep = chunk_labels(success, group, episode, turn, args.labels, gamma=args.gamma, gae_lambda=args.gae_lambda)
@@ -390,7 +375,7 @@ def main(args: Args) -> None:
         update_rollout_policy(rollout_parameters, parameters, alpha)
 
         label_mean = labels[keep].mean() if M else 0.0
-        run.log(success, lost, losses, signal=keep.mean(), label_mean=label_mean, ema_decay=alpha, noise_level=noise_level)
+        run.log(rollout, losses, signal=keep.mean(), label_mean=label_mean, ema_decay=alpha, noise_level=noise_level)
         run.evaluate_and_save_when_due()
     run.finish(forward_passes=K if args.transitions == "all" else 1)  # velocities of a chunk in one pass of the update
 

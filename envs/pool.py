@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 import warnings
 from collections import deque
@@ -33,6 +34,7 @@ class ChunkVecEnv(ChunkEnv):
         super().__init__(spec, num_envs, seed)
         self.observe_terminal, self.step_timeout = observe_terminal, step_timeout
         self._lost = np.zeros(num_envs, bool)  # died since the last step that could tell
+        self._asked: deque[tuple] = deque()  # resets and steps that are under way
         self._restarts: deque[float] = deque(maxlen=MAX_RESTARTS)  # when, of a clock in seconds
         kind, num_workers = (Worker, min(num_workers, num_envs)) if num_workers else (Inline, 1)
         threads = max(1, num_cores() // num_workers)
@@ -66,17 +68,26 @@ class ChunkVecEnv(ChunkEnv):
             self.close()
             raise
 
-    # gymnasium's interface
+    # gymnasium's interface; what is asked by the _async methods is answered by the _wait methods, in order
 
     def reset(self, *, seed: int | Iterable[int] | None = None, options: dict | None = None) -> tuple[dict, dict]:
+        self.reset_async(seed=seed, options=options)
+        return self.reset_wait()
+
+    def reset_async(self, *, seed: int | Iterable[int] | None = None, options: dict | None = None) -> None:
         seeds, mask = self._reset_arguments(seed, options)
         jobs = {slot: (int(seeds[slot]),) for slot in np.flatnonzero(mask)}
-        told, begun = [], 0
-        while jobs:  # those of a worker that dies are for its replacement
+        self._asked.append((mask, jobs, self._send("reset", jobs)))
+
+    def reset_wait(self) -> tuple[dict, dict]:
+        mask, jobs, sent = self._asked.popleft()
+        told, dead = self._receive(sent)
+        begun = 1
+        while jobs := {slot: job for slot, job in jobs.items() if dead[slot]}:  # they are for the replacement of their worker
             if begun == RESETS:
                 raise EnvError(f"seed {next(iter(jobs.values()))[0]}: resetting to it ended {RESETS} workers")
-            more, dead = self._run("reset", jobs)
-            told, begun, jobs = told + more, begun + 1, {slot: job for slot, job in jobs.items() if dead[slot]}
+            more, dead = self._receive(self._send("reset", jobs))
+            told, begun = told + more, begun + 1
         for slot, instruction in told:
             self.instructions[slot] = instruction
         self._running[mask], self._success[mask], self._lost[mask] = True, False, False
@@ -84,13 +95,22 @@ class ChunkVecEnv(ChunkEnv):
         return self._observation(), {"success": self._success.copy(), "steps": zeros, "lost": zeros.astype(bool)}
 
     def step(self, chunk: np.ndarray) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray, dict]:
+        self.step_async(chunk, np.ones(self.num_envs, bool))
+        return self.step_wait()
+
+    def step_async(self, chunk: np.ndarray, mask: np.ndarray) -> None:
         chunk, broken = self._step_argument(chunk)
-        self._lost |= broken
+        self._lost |= broken & mask
         n = chunk.shape[1]
-        self._arrays["chunk"][:, :n] = chunk
-        jobs = {slot: (n, self.observe_terminal) for slot in np.flatnonzero(self._running & ~self._lost)}
-        outcomes = self._run("step", jobs)[0]
-        lost, self._lost = self._lost, np.zeros(self.num_envs, bool)
+        self._arrays["chunk"][mask, :n] = chunk[mask]
+        jobs = {slot: (n, self.observe_terminal) for slot in np.flatnonzero(mask & self._running & ~self._lost)}
+        self._asked.append((mask, jobs, self._send("step", jobs)))
+
+    def step_wait(self) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray, dict]:
+        mask, _, sent = self._asked.popleft()
+        outcomes, _ = self._receive(sent)
+        lost = self._lost & mask
+        self._lost &= ~mask
         reward = np.zeros(self.num_envs, np.float32)
         terminated, truncated = ~self._running & self._success, lost.copy()
         steps = np.zeros(self.num_envs, int)
@@ -102,7 +122,7 @@ class ChunkVecEnv(ChunkEnv):
     def render(self, slots: Iterable[int] | None = None) -> list[np.ndarray]:
         """Pictures for people (H, W, 3) uint8 of the given environments (default: all), from the task's render camera."""
         slots = list(range(self.num_envs) if slots is None else slots)
-        frames = dict(self._run("render", {slot: () for slot in slots})[0])
+        frames = dict(self._receive(self._send("render", {slot: () for slot in slots}))[0])
         blank = np.zeros((self.spec.video_size, self.spec.video_size, 3), np.uint8)
         return [frames.get(slot, blank) for slot in slots]
 
@@ -141,19 +161,25 @@ class ChunkVecEnv(ChunkEnv):
         except Died as death:
             raise EnvError(f"environment worker {worker.index} {death}") from None
 
-    def _run(self, command: str, jobs: dict[int, tuple]) -> tuple[list, np.ndarray]:
-        """Send each slot's job to its worker. Returns all results and the mask of slots whose worker died (and was replaced)."""
-        busy: dict[int, list] = {}
+    def _send(self, command: str, jobs: dict[int, tuple]) -> dict[Worker, subprocess.Popen]:
+        """Send each slot's job to its worker. Returns the workers that have one, and their processes, as they are now."""
+        payloads: dict[Worker, list] = {}
         for slot, job in jobs.items():
             worker, i = self._where[slot]
-            busy.setdefault(worker.index, []).append((i, int(slot), *job))
-        for index, payload in busy.items():
-            self._workers[index].send(command, payload)
+            payloads.setdefault(worker, []).append((i, int(slot), *job))
+        for worker, payload in payloads.items():
+            worker.send(command, payload)
+        return {worker: worker.process for worker in payloads}
+
+    def _receive(self, sent: dict[Worker, subprocess.Popen]) -> tuple[list, np.ndarray]:
+        """All results of what was sent, and the mask (B,) of slots whose worker died (and was replaced)."""
         results, dead = [], np.zeros(self.num_envs, bool)
-        for index in busy:
-            worker = self._workers[index]
+        for worker, process in sent.items():
             try:
-                results += worker.receive(self.step_timeout) or []
+                if worker.process is process:
+                    results += worker.receive(self.step_timeout) or []
+                else:  # it died of what it was asked before this
+                    dead[list(worker.slots)] = True
             except Died as death:
                 self._replace(worker, death)
                 dead[list(worker.slots)] = True

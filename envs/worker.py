@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -248,18 +249,18 @@ class Inline:
     """In the place of a `Worker`: the same environments and commands in this very process."""
 
     def __init__(self, index: int, spec: Spec, slots: range, num_envs: int, threads: int, memory: int):
-        self.index, self.slots = index, slots
+        self.index, self.slots, self.process = index, slots, None
         with _own_random_numbers():
             self.commands = Commands([spec.create(slot, num_envs) for slot in slots], memory)
-        self.answer = self.commands.described()
+        self.answers = deque([self.commands.described()])
 
     def send(self, command: str, payload: Any = None) -> None:
         if command != "close":
             with _own_random_numbers():
-                self.answer = getattr(self.commands, command)(payload)
+                self.answers.append(getattr(self.commands, command)(payload))
 
     def receive(self, timeout: float | None = None) -> Any:
-        return self.answer
+        return self.answers.popleft()
 
     def stop(self, patience: float = 0.0) -> None:
         for env in self.commands.envs:

@@ -107,6 +107,8 @@ class RLArgs(TrainArgs):
     rollout_steps: CountOrZero = 32
     """steps after which a training episode is cut off and counts as failed; 0: the task's own limit, as in evaluations (authors'
     ManiSkill: 60, evaluation 80)"""
+    overlap: bool = False
+    """simulate one half of the environments while the policy acts for the other; pays where the policy has a GPU of its own"""
     execute: SizeOrZero = 0
     """actions executed of each predicted chunk; 0: as in the checkpoint (authors: 5, LIBERO-long 10)"""
     num_steps: Size = 4

@@ -38,6 +38,7 @@ from pi_stepnft.harness.args import RLArgs, RunError, TaskArgs, TrainArgs, env_o
 from pi_stepnft.harness.charts import plot_curve
 from pi_stepnft.harness.evaluation import Evaluation, by_ode, evaluate
 from pi_stepnft.harness.films import record
+from pi_stepnft.harness.rollout import Rollout
 from pi_stepnft.harness.storage import Prefixes, memory_gb
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class Averages(dict):
 
 class Run:
     """One training. An algorithm reads its args, device, execute (actions executed of a chunk), mask ((H, A) bool: what of a chunk
-    is executed) and rng (of the initial states), and counts up env_steps.
+    is executed) and rng (of the initial states).
 
     algorithm: its name in folders and results; policy_type: "pi0" or "pi05", None where the checkpoint says which.
     Raises RunError or EnvError, in one line, for arguments that cannot work.
@@ -129,6 +130,13 @@ class Run:
                               observe_terminal=False)
         check_fit(policy, self.venv, self.checkpoint)
         return self.venv
+
+    def rollout(self, seeds: np.ndarray, observe_cut: bool = False) -> Rollout:
+        """The episodes of this iteration, to be played. seeds: (num_envs × rollout_epochs,) of their initial states; observe_cut:
+        whether those that are cut off have a last turn, to look at."""
+        args = self.args
+        return Rollout(self.venv, seeds, execute=self.execute, max_steps=args.rollout_steps, shape=tuple(self.mask.shape),
+                       device=self.device, key=(args.seed, self.iteration), overlap=args.overlap, observe_cut=observe_cut)
 
     def prefixes(self) -> Prefixes:
         """An empty store for the prefixes of an iteration's chunks, as --prefix-cache says."""
@@ -214,9 +222,11 @@ class Run:
                            f"last checkpoint in {self.folder} is from before")
         return sound
 
-    def log(self, success: np.ndarray, lost: np.ndarray, losses: Averages, **charts: float) -> None:
-        """Count the iteration and tell TensorBoard and the progress bar of it. success, lost: (E,) of the rollouts' episodes."""
+    def log(self, rollout: Rollout, losses: Averages, **charts: float) -> None:
+        """Count the iteration and tell TensorBoard and the progress bar of it."""
         self.lap("update")
+        success, lost = rollout.success, rollout.lost
+        self.env_steps += rollout.env_steps
         self.iteration += 1
         self.trained_s = time.time() - self._start
         charts = dict(SPS=self.env_steps / self.trained_s, env_steps=self.env_steps) | charts

@@ -94,46 +94,33 @@ def advantages(success: np.ndarray, group: np.ndarray) -> np.ndarray:
 
 def main(args: Args) -> None:
     run = harness.Run("reinforce", args)
-    args, device, B, K = run.args, run.device, run.args.num_envs, run.args.num_steps
+    args, device, K = run.args, run.device, run.args.num_steps
     policy = run.load_policy()
     parameters = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, betas=(0.9, 0.95), eps=1e-5)
     solver = dict(num_steps=K, noise_level=args.noise_level)
-    venv = run.make_envs(policy)
+    run.make_envs(policy)
+    E, G = args.num_envs * args.rollout_epochs, args.group_size
     run.begin(dict(policy=policy), optimizer)
 
     for iteration in run.iterations():
         # ---------------------------------------------------------------------- rollout: one noisy solver step per chunk
-        batches, prefixes, success, lost, group = [], run.prefixes(), [], [], []
+        batches, prefixes = [], run.prefixes()
+        rollout = run.rollout(run.rng.integers(envs.TRAIN_SEEDS, size=E // G).repeat(G))  # G episodes from each initial state
         policy.eval()
         with torch.inference_mode():
-            for epoch in range(args.rollout_epochs):
-                seeds = run.rng.integers(envs.TRAIN_SEEDS, size=B // args.group_size).repeat(args.group_size)
-                obs, _ = venv.reset(seed=seeds)
-                running, gone, turn = np.ones(B, bool), np.zeros(B, bool), 0
-                while running.any() and not 0 < args.rollout_steps <= turn * run.execute:
-                    index = np.flatnonzero(running)
-                    seen = {name: value[index] for name, value in obs.items()}
-                    *inputs, state = policy.processor(seen, [venv.instructions[i] for i in index])
-                    prefix = policy.encode_prefix(*inputs)
-                    x, *transition = sample(policy, prefix, state, **solver)
-                    prefixes.remember(inputs, prefix)
-                    batches.append(Chunks(state, *transition, torch.from_numpy(epoch * B + index)))
-                    actions = np.zeros((B, run.execute, venv.action_dim), np.float32)
-                    actions[index] = policy.processor.unnormalize_actions(x[:, : run.execute], seen["state"]).cpu().numpy()
-                    obs, _, terminated, truncated, info = venv.step(actions)
-                    run.env_steps += int(info["steps"].sum())
-                    running &= ~(terminated | truncated)
-                    gone |= info["lost"]
-                    turn += 1
-                success.append(info["success"])
-                lost.append(gone)
-                group.append(epoch * B + np.arange(B) // args.group_size)
+            for turn in rollout:
+                *inputs, state = policy.processor(turn.obs, turn.instructions)
+                prefix = policy.encode_prefix(*inputs)
+                x, *transition = sample(policy, prefix, state, **solver)
+                prefixes.remember(inputs, prefix)
+                batches.append(Chunks(state, *transition, turn.episode))
+                turn.act(policy.processor.unnormalize_actions(x[:, : run.execute], turn.obs["state"]))
         run.lap("rollout")
 
         # ---------------------------------------------------------------------- advantages
         chunks = Chunks(*map(torch.cat, zip(*batches)))
-        success, lost, group = np.concatenate(success), np.concatenate(lost), np.concatenate(group)  # (E,)
+        success, lost, group = rollout.success, rollout.lost, np.arange(E) // G  # (E,)
         group[lost] = -1 - np.flatnonzero(lost)  # nobody is compared with a lost episode, nor learns from it
         advantage = torch.from_numpy(advantages(success, group)).float()[chunks.episode].to(device)  # (M,)
         used = advantage.nonzero().squeeze(1)
@@ -155,7 +142,7 @@ def main(args: Args) -> None:
             if run.clip_gradients(losses, grad_norm=parameters):
                 optimizer.step()
 
-        run.log(success, lost, losses, signal=len(used) / len(advantage))
+        run.log(rollout, losses, signal=len(used) / len(advantage))
         run.evaluate_and_save_when_due()
     run.finish(forward_passes=1)
 
