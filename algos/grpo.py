@@ -89,29 +89,30 @@ def flow_sde_sample(
     policy: policies.Pi0,
     prefix: policies.Prefix,
     state: torch.Tensor,
+    step: torch.Tensor,
+    noise: torch.Tensor,
     *,
     num_steps: int,
     noise_level: float,
     mask: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """πRL, §4.2.3: sample action chunks by the ODE, but for one random solver step of each, which is taken by the SDE.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """πRL, §4.2.3: sample action chunks by the ODE, but for one solver step of each, which is taken by the SDE.
 
-    Returns the path x (B, K + 1, H, A), whose last entry is the action chunk, the number of the noisy step (B,), and its
-    log-probability (B,) over the entries of mask (H, A).
+    step: (B,) the number of the noisy step, which is drawn at random; noise: (B, K + 1, H, A) standard normal, which the path
+    begins at and its noisy step adds. Returns the path x (B, K + 1, H, A), whose last entry is the action chunk, and the noisy
+    step's log-probability (B,) over the entries of mask (H, A).
     """
-    B = len(state)
-    x = torch.randn(B, policy.config.horizon, policy.config.action_dim, device=state.device)
-    step = torch.randint(num_steps, (B,), device=x.device)
-    xs, log_probs = [x], torch.zeros(B, device=x.device)
+    x = noise[:, 0]
+    xs, log_probs = [x], torch.zeros(len(x), device=x.device)
     for i in range(num_steps):
-        now = torch.full((B,), i, device=x.device)
+        now = torch.full_like(step, i)
         v = policy.velocity(prefix, state, x, 1 - now / num_steps).float()
         mean, std = flow_sde_step(x, v, now, num_steps=num_steps, noise_level=noise_level)
         noisy = step == i  # (B,)
-        x = torch.where(noisy.view(-1, 1, 1), mean + std * torch.randn_like(mean), x - v / num_steps)
+        x = torch.where(noisy.view(-1, 1, 1), mean + std * noise[:, i + 1], x - v / num_steps)
         log_probs += noisy * log_prob(x, mean, std, mask)
         xs.append(x)
-    return torch.stack(xs, 1), step, log_probs
+    return torch.stack(xs, 1), log_probs
 
 
 def group_advantages(success: np.ndarray, group: np.ndarray, eps: float = 1e-6) -> tuple[np.ndarray, np.ndarray]:
@@ -175,7 +176,8 @@ def main(args: Args) -> None:
             for turn in rollout:  # the next chunk of the episodes that are still running
                 *inputs, state = policy.processor(turn.obs, turn.instructions)
                 prefix = policy.encode_prefix(*inputs)
-                x, step, log_probs = flow_sde_sample(policy, prefix, state, **solver, mask=run.mask)
+                step = turn.integers(K)
+                x, log_probs = flow_sde_sample(policy, prefix, state, step, turn.noise(K + 1), **solver, mask=run.mask)
                 prefixes.remember(inputs, prefix)
                 batches.append(Chunks(state, x, step, log_probs, turn.episode))
                 turn.act(policy.processor.unnormalize_actions(x[:, -1, : run.execute], turn.obs["state"]))

@@ -181,7 +181,7 @@ def main(args: Args) -> None:
             for turn in rollout:  # the next chunk of the episodes that are still running
                 *inputs, state = policy.processor(turn.obs, turn.instructions)
                 prefix = rollout_policy.encode_prefix(*inputs)
-                x_0 = rollout_policy.sample(prefix, state, num_steps=K)
+                x_0 = rollout_policy.sample(prefix, state, turn.noise(1)[:, 0], num_steps=K)
                 prefixes.remember(inputs, prefix)
                 batches.append(Chunks(state, x_0, turn.episode, turn.number))
                 turn.act(policy.processor.unnormalize_actions(x_0[:, : run.execute], turn.obs["state"]))

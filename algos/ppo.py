@@ -193,19 +193,21 @@ def flow_sde_sample(
     noise_head: NoiseHead | None,
     prefix: policies.Prefix,
     state: torch.Tensor,
+    step: torch.Tensor,
+    noise: torch.Tensor,
     mask: torch.Tensor,
     *,
     num_steps: int,
     noise_level: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """πRL, §4.2.3: sample action chunks by the ODE, but for one random noisy step each; with a noise head all are noisy (§4.1).
 
+    step: (B, n) the noisy steps; noise: (B, K + 1, H, A) standard normal, which the path begins at and its noisy steps add;
     mask: (H, A) bool, the executed entries, whose likelihood it is. Returns the path x (B, K + 1, H, A), whose last entry is the
-    action chunk, the noisy steps (B, n), and log-probability and value (B,) of each chunk.
+    action chunk, and log-probability and value (B,) of each chunk.
     """
-    B, K, device = len(state), num_steps, state.device
-    step = torch.randint(K, (B, 1), device=device) if noise_head is None else torch.arange(K, device=device).expand(B, K)
-    x = torch.randn(B, 1, policy.config.horizon, policy.config.action_dim, device=device)
+    B, K, device = len(noise), num_steps, noise.device
+    x = noise[:, :1]
     xs, log_probs, values = [x], torch.zeros(B, device=device), torch.zeros(B, device=device)
     for i in range(K):
         now = torch.full((B, 1), i, device=device)
@@ -213,11 +215,11 @@ def flow_sde_sample(
             policy, value_head, noise_head, prefix, state, x, now, num_steps=K, noise_level=noise_level
         )
         noisy = (step == i).any(1)  # (B,)
-        x = torch.where(noisy.view(-1, 1, 1, 1), mean + std * torch.randn_like(mean), x - v / K)
+        x = torch.where(noisy.view(-1, 1, 1, 1), mean + std * noise[:, i + 1, None], x - v / K)
         log_probs += noisy * log_prob(x, mean, std, mask)
         values = torch.where(step[:, 0] == i, value, values)
         xs.append(x)
-    return torch.cat(xs, 1), step, log_probs, values
+    return torch.cat(xs, 1), log_probs, values
 
 
 def gae(
@@ -306,12 +308,14 @@ def main(args: Args) -> None:
             for turn in rollout:  # the next chunk of the episodes that are still running
                 *inputs, state = policy.processor(turn.obs, turn.instructions)
                 prefix = policy.encode_prefix(*inputs)
-                x, *sampled = flow_sde_sample(policy, value_head, noise_head, prefix, state, run.mask, **solver)
+                step = turn.integers(K)[:, None] if noise_head is None else torch.arange(K, device=device).expand(len(state), K)
+                path = step, turn.noise(K + 1)
+                x, log_probs, values = flow_sde_sample(policy, value_head, noise_head, prefix, state, *path, run.mask, **solver)
                 if turn.cut:  # their last observation's value is that of one more chunk, never executed
-                    last_values[turn.episode] = sampled[-1].cpu()
+                    last_values[turn.episode] = values.cpu()
                     continue
                 prefixes.remember(inputs, prefix)
-                batches.append(Chunks(state, x, *sampled, turn.episode, turn.number))
+                batches.append(Chunks(state, x, step, log_probs, values, turn.episode, turn.number))
                 turn.act(policy.processor.unnormalize_actions(x[:, -1, : run.execute], turn.obs["state"]))
         run.lap("rollout")
 

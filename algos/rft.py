@@ -87,16 +87,17 @@ def flow_sde_step(
 
 
 def flow_sde_sample(
-    policy: policies.Pi0, prefix: policies.Prefix, state: torch.Tensor, *, num_steps: int, noise_level: float
+    policy: policies.Pi0, prefix: policies.Prefix, state: torch.Tensor, noise: torch.Tensor, *, num_steps: int, noise_level: float
 ) -> torch.Tensor:
-    """Action chunks (B, H, A), sampled with noise on every solver step; by the ODE where noise_level is 0."""
-    B = len(state)
-    x = torch.randn(B, policy.config.horizon, policy.config.action_dim, device=state.device)
+    """Action chunks (B, H, A), sampled with noise on every solver step; by the ODE where noise_level is 0.
+
+    noise: (B, K + 1, H, A) standard normal, which the path begins at and its steps add."""
+    x = noise[:, 0]
     for i in range(num_steps):
-        step = torch.full((B,), i, device=x.device)
+        step = torch.full((len(x),), i, device=x.device)
         v = policy.velocity(prefix, state, x, 1 - step / num_steps).float()
         mean, std = flow_sde_step(x, v, step, num_steps=num_steps, noise_level=noise_level)
-        x = mean + std * torch.randn_like(mean)
+        x = mean + std * noise[:, i + 1]
     return x
 
 
@@ -159,7 +160,7 @@ def main(args: Args) -> None:
             for turn in rollout:  # the next chunk of the episodes that are still running
                 *inputs, state = policy.processor(turn.obs, turn.instructions)
                 prefix = policy.encode_prefix(*inputs)
-                x_0 = flow_sde_sample(policy, prefix, state, **solver)
+                x_0 = flow_sde_sample(policy, prefix, state, turn.noise(K + 1), **solver)
                 prefixes.remember(inputs, prefix)
                 batches.append(Chunks(state, x_0, turn.episode))
                 turn.act(policy.processor.unnormalize_actions(x_0[:, : run.execute], turn.obs["state"]))

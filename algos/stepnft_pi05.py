@@ -143,20 +143,20 @@ def flow_sde_step(
 
 
 def flow_sde_sample(
-    policy: policies.Pi0, prefix: policies.Prefix, state: torch.Tensor, *, num_steps: int, noise_level: float
+    policy: policies.Pi0, prefix: policies.Prefix, state: torch.Tensor, noise: torch.Tensor, *, num_steps: int, noise_level: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Paper, §4.1, wider space: sample action chunks with noise on every solver step.
 
-    Returns the whole path x (B, K + 1, H, A), whose last entry is the action chunk, and the velocities v (B, K, H, A).
+    noise: (B, K + 1, H, A) standard normal, which the path begins at and its steps add. Returns the whole path x (B, K + 1, H, A),
+    whose last entry is the action chunk, and the velocities v (B, K, H, A).
     """
-    B = len(state)
-    x = torch.randn(B, policy.config.horizon, policy.config.action_dim, device=state.device)
+    x = noise[:, 0]
     xs, vs = [x], []
     for i in range(num_steps):
-        step = torch.full((B,), i, device=x.device)
+        step = torch.full((len(x),), i, device=x.device)
         v = policy.velocity(prefix, state, x, 1 - step / num_steps).float()
         mean, std = flow_sde_step(x, v, step, num_steps=num_steps, noise_level=noise_level)
-        x = mean + std * torch.randn_like(mean)
+        x = mean + std * noise[:, i + 1]
         xs.append(x)
         vs.append(v)
     return torch.stack(xs, 1), torch.stack(vs, 1)
@@ -321,7 +321,7 @@ def main(args: Args) -> None:
             for turn in rollout:  # the next chunk of the episodes that are still running
                 *inputs, state = policy.processor(turn.obs, turn.instructions)
                 prefix = rollout_policy.encode_prefix(*inputs)
-                x, v = flow_sde_sample(rollout_policy, prefix, state, **solver)
+                x, v = flow_sde_sample(rollout_policy, prefix, state, turn.noise(K + 1), **solver)
                 prefixes.remember(inputs, prefix)
                 batches.append(Chunks(state, x, v, turn.episode, turn.number))
                 turn.act(policy.processor.unnormalize_actions(x[:, -1, : run.execute], turn.obs["state"]))

@@ -27,6 +27,8 @@ RESETS = 3
 class ChunkVecEnv(ChunkEnv):
     """`ChunkEnv` on a pool of CPU processes, each holding some of the environments."""
 
+    overlaps = True
+
     def __init__(self, spec: Spec, num_envs: int, num_workers: int, *, chunk: int, seed: int, observe_terminal: bool,
                  step_timeout: float):
         """num_workers: 0 for none: the environments live in this process. step_timeout: seconds of silence after which a worker is
@@ -34,7 +36,6 @@ class ChunkVecEnv(ChunkEnv):
         super().__init__(spec, num_envs, seed)
         self.observe_terminal, self.step_timeout = observe_terminal, step_timeout
         self._lost = np.zeros(num_envs, bool)  # died since the last step that could tell
-        self._asked: deque[tuple] = deque()  # resets and steps that are under way
         self._restarts: deque[float] = deque(maxlen=MAX_RESTARTS)  # when, of a clock in seconds
         kind, num_workers = (Worker, min(num_workers, num_envs)) if num_workers else (Inline, 1)
         threads = max(1, num_cores() // num_workers)
@@ -68,7 +69,7 @@ class ChunkVecEnv(ChunkEnv):
             self.close()
             raise
 
-    # gymnasium's interface; what is asked by the _async methods is answered by the _wait methods, in order
+    # gymnasium's interface
 
     def reset(self, *, seed: int | Iterable[int] | None = None, options: dict | None = None) -> tuple[dict, dict]:
         self.reset_async(seed=seed, options=options)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Iterable
+from functools import partial
 
 import gymnasium as gym
 import numpy as np
@@ -33,12 +35,30 @@ class ChunkEnv(gym.vector.VectorEnv):
 
     metadata = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED, "render_modes": ["rgb_array"]}
     render_mode = "rgb_array"
+    overlaps = False
+    """Whether some environments can be under way while others are waited for."""
 
     def __init__(self, spec: Spec, num_envs: int, seed: int):
         self.spec, self.num_envs = spec, num_envs
         self._rng = np.random.default_rng(seed)
         self._running = np.zeros(num_envs, bool)
         self._success = np.zeros(num_envs, bool)
+        self._asked: deque = deque()  # resets and steps that are under way
+
+    # What is asked by the _async methods is answered by the _wait methods, in order.
+
+    def reset_async(self, *, seed: int | Iterable[int] | None = None, options: dict | None = None) -> None:
+        self._asked.append(partial(self.reset, seed=seed, options=options))
+
+    def reset_wait(self) -> tuple[dict, dict]:
+        return self._asked.popleft()()
+
+    def step_async(self, chunk: np.ndarray, mask: np.ndarray) -> None:
+        """mask: (B,) bool, the environments to step; where nothing overlaps, all that are running."""
+        self._asked.append(partial(self.step, chunk))
+
+    def step_wait(self) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray, dict]:
+        return self._asked.popleft()()
 
     def __repr__(self) -> str:  # gymnasium's expects a spec of its own kind
         return f"{type(self).__name__}({self.spec.env_id!r}, num_envs={self.num_envs})"

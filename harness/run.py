@@ -129,6 +129,8 @@ class Run:
         self.venv = make_envs(self.args, num_envs=self.args.num_envs, chunk=self.execute, image_size=policy.config.image_size,
                               observe_terminal=False)
         check_fit(policy, self.venv, self.checkpoint)
+        if self.args.overlap and not self.venv.overlaps:
+            raise RunError("--overlap: this simulator steps all environments at once: leave it out")
         return self.venv
 
     def rollout(self, seeds: np.ndarray, observe_cut: bool = False) -> Rollout:

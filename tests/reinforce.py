@@ -61,18 +61,17 @@ def flow_sde_step(
     return mean, sigma * delta**0.5
 
 
-def sample(policy: policies.Pi0, prefix: policies.Prefix, state: torch.Tensor, **solver: float) -> tuple[torch.Tensor, ...]:
+def sample(policy: policies.Pi0, prefix: policies.Prefix, state: torch.Tensor, turn, **solver: float) -> tuple[torch.Tensor, ...]:
     """Action chunks (B, H, A) by the ODE but for one random step of each, and that step: x_t, x_next, its number (B,)."""
-    B, K = len(state), solver["num_steps"]
-    x = torch.randn(B, policy.config.horizon, policy.config.action_dim, device=state.device)
-    noisy = torch.randint(K, (B,), device=x.device)
+    K = solver["num_steps"]
+    (x, noise), noisy = turn.noise(2).unbind(1), turn.integers(K)
     x_t, x_next = torch.zeros_like(x), torch.zeros_like(x)
     for i in range(K):
-        step = torch.full((B,), i, device=x.device)
+        step = torch.full_like(noisy, i)
         v = policy.velocity(prefix, state, x, 1 - step / K).float()
         mean, std = flow_sde_step(x, v, step, **solver)
         now = (noisy == i).view(-1, 1, 1)
-        after = torch.where(now, mean + std * torch.randn_like(mean), x - v / K)
+        after = torch.where(now, mean + std * noise, x - v / K)
         x_t, x_next, x = torch.where(now, x, x_t), torch.where(now, after, x_next), after
     return x, x_t, x_next, noisy
 
@@ -112,7 +111,7 @@ def main(args: Args) -> None:
             for turn in rollout:
                 *inputs, state = policy.processor(turn.obs, turn.instructions)
                 prefix = policy.encode_prefix(*inputs)
-                x, *transition = sample(policy, prefix, state, **solver)
+                x, *transition = sample(policy, prefix, state, turn, **solver)
                 prefixes.remember(inputs, prefix)
                 batches.append(Chunks(state, *transition, turn.episode))
                 turn.act(policy.processor.unnormalize_actions(x[:, : run.execute], turn.obs["state"]))

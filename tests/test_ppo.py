@@ -23,6 +23,12 @@ SOLVER = dict(num_steps=K, noise_level=NOISE)
 BOTH = pytest.mark.parametrize("noise", ["sde", "learned"])
 
 
+def draw(batch: int, shape: tuple[int, int], noise_head) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noisy steps and noise of a rollout's turn."""
+    step = torch.randint(K, (batch, 1)) if noise_head is None else torch.arange(K).expand(batch, K)
+    return step, torch.randn(batch, K + 1, *shape)
+
+
 class Case(SimpleNamespace):
     """A tiny policy with velocities of order one, its heads, and a batch of observations: the update's and the rollout's inputs."""
 
@@ -45,11 +51,13 @@ class Case(SimpleNamespace):
 
     def sample(self):
         """What the rollout does: path, noisy steps, log-probability, value."""
+        step, noise = draw(len(self.state), self.mask.shape, self.noise_head)
         with torch.inference_mode():
             sampled = ppo.flow_sde_sample(
-                self.policy, self.value_head, self.noise_head, self.prefix, self.state, self.mask, **SOLVER
+                self.policy, self.value_head, self.noise_head, self.prefix, self.state, step, noise, self.mask, **SOLVER
             )
-        return [x.clone() for x in sampled]
+        x, log_prob, value = (x.clone() for x in sampled)
+        return x, step, log_prob, value
 
     def transitions(self, x: torch.Tensor, step: torch.Tensor):
         """x_t and x_next at the noisy steps, each (B, n, H, A)."""
@@ -327,7 +335,8 @@ def solve_bandit(noise: str, sign: float = 1.0, iterations: int = 25, episodes: 
     before = success_rate()
     for _ in range(iterations):
         with torch.no_grad():
-            x, step, old, values = ppo.flow_sde_sample(field, value_head, noise_head, None, none, mask, **SOLVER)
+            step, epsilon = draw(episodes, mask.shape, noise_head)
+            x, old, values = ppo.flow_sde_sample(field, value_head, noise_head, None, none, step, epsilon, mask, **SOLVER)
         rewards = succeeded(x[:, -1]).double().numpy()[:, None]
         advantages, returns = ppo.gae(
             rewards, values.double().numpy()[:, None], one, one[:, 0], np.zeros(episodes), gamma=0.99, gae_lambda=0.95

@@ -40,7 +40,8 @@ def executed(positions: int = 5, dims: int = 7) -> torch.Tensor:
 @torch.no_grad()
 def test_one_solver_step_of_a_chunk_is_noisy_and_its_density_is_that_gaussians(policy):
     prefix, state = prefix_and_state(policy, 32)
-    x, step, log_probs = grpo.flow_sde_sample(policy, prefix, state, **SOLVER, mask=executed())
+    step = torch.randint(K, (32,))
+    x, log_probs = grpo.flow_sde_sample(policy, prefix, state, step, torch.randn(32, K + 1, 8, 8), **SOLVER, mask=executed())
     assert x.shape == (32, K + 1, 8, 8) and set(step.tolist()) == set(range(K))
     for i in range(K):
         v = policy.velocity(prefix, state, x[:, i], torch.full((32,), 1 - i / K))
@@ -55,7 +56,8 @@ def test_the_ratio_is_one_at_the_first_minibatch_and_no_longer_after_a_step(poli
     policy = copy.deepcopy(policy)
     prefix, state = prefix_and_state(policy, 16)
     with torch.no_grad():
-        x, step, old = grpo.flow_sde_sample(policy, prefix, state, **SOLVER, mask=executed())
+        step = torch.randint(K, (16,))
+        x, old = grpo.flow_sde_sample(policy, prefix, state, step, torch.randn(16, K + 1, 8, 8), **SOLVER, mask=executed())
     mb = torch.randperm(16)[:7]
     x_t, x_next = x[mb, step[mb]], x[mb, step[mb] + 1]
 
@@ -207,12 +209,10 @@ def test_rft_clones_successful_episodes_and_with_contrast_only_those_that_could_
 @torch.no_grad()
 def test_rft_samples_by_the_ode_unless_noise_is_asked_for(policy):
     prefix, state = prefix_and_state(policy, 5)
-    torch.manual_seed(3)
-    x = rft.flow_sde_sample(policy, prefix, state, num_steps=K, noise_level=0.0)
-    torch.manual_seed(3)
-    noisy = rft.flow_sde_sample(policy, prefix, state, **SOLVER)
-    torch.manual_seed(3)
-    torch.testing.assert_close(x, policy.sample(prefix, state, noise=torch.randn(5, 8, 8), num_steps=K))
+    noise = torch.randn(5, K + 1, 8, 8)
+    x = rft.flow_sde_sample(policy, prefix, state, noise, num_steps=K, noise_level=0.0)
+    noisy = rft.flow_sde_sample(policy, prefix, state, noise, **SOLVER)
+    torch.testing.assert_close(x, policy.sample(prefix, state, noise=noise[:, 0], num_steps=K))
     assert (x - noisy).abs().mean() > 0.05
 
 
@@ -244,14 +244,16 @@ def solve_bandit(name: str, flipped: bool = False, iterations: int = 25, episode
     before = success_rate()
     for iteration in range(iterations):
         with torch.no_grad():
+            noise = torch.randn(episodes, 1 if name == "nft" else K + 1, 1, 2)
             if name == "grpo":
-                xs, step, old = module.flow_sde_sample(policy, None, none, **SOLVER, mask=mask)
+                step = torch.randint(K, (episodes,))
+                xs, old = module.flow_sde_sample(policy, None, none, step, noise, **SOLVER, mask=mask)
                 x = xs[:, -1]
             elif name == "nft":
-                x = rollout_policy.sample(none, None, torch.randn(episodes, 1, 2))
+                x = rollout_policy.sample(none, None, noise[:, 0])
             else:
                 noise_level = options.get("noise_level", module.Args.noise_level)
-                x = module.flow_sde_sample(policy, None, none, num_steps=K, noise_level=noise_level)
+                x = module.flow_sde_sample(policy, None, none, noise, num_steps=K, noise_level=noise_level)
         success = succeeded(x).numpy() ^ flipped
         if name == "grpo":
             values, keep = module.group_advantages(success, first)
