@@ -85,11 +85,11 @@ class FlowPolicy(torch.nn.Module):
         pixels = {"image": env_obs["extra_view_images"]} if policy.config.num_cameras else {}
         *inputs, state = policy.processor({"state": raw, **pixels}, env_obs["task_descriptions"])
         prefix, K = policy.encode_prefix(*inputs), self.cfg.num_steps
+        noise = torch.randn(len(state), K + 1, policy.config.horizon, policy.config.action_dim, device=state.device)
         if do_sample:
-            x, v = flow_sde_sample(policy, prefix, state, num_steps=K, noise_level=self.cfg.noise_level)
+            x, v = flow_sde_sample(policy, prefix, state, noise, num_steps=K, noise_level=self.cfg.noise_level)
         else:
-            noise = torch.randn(len(state), policy.config.horizon, policy.config.action_dim, device=state.device)
-            x, v = policy.sample(prefix, state, noise, K)[:, None], None
+            x, v = policy.sample(prefix, state, noise[:, 0], K)[:, None], None
         actions = policy.processor.unnormalize_actions(x[:, -1, : self.cfg.num_action_chunks].cpu(), raw)
         remembered = dict(tokens=inputs[2], token_mask=inputs[3], state=state, x=x, v=v, action=actions, **pixels)
         nothing = torch.zeros(len(state), 1)  # no likelihood, no critic
