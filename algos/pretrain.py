@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import os
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,7 +25,6 @@ sys.path.pop(0)
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from pi_stepnft import envs, harness, policies
 from pi_stepnft.envs import demos
@@ -34,11 +32,11 @@ from pi_stepnft.harness import Batch, Count, Positive, PositiveOrZero, Size, Tex
 
 
 @dataclass
-class Args(harness.TaskArgs):
+class Args(harness.RunArgs):
     policy: Literal["pi0", "pi05"] = "pi0"
     """π0 (rgb only) or π0.5, which also learns to read its state (in state mode that alone)"""
     output: Text = "runs/pretrained"
-    """checkpoint folder to write"""
+    """checkpoint folder to write at the end, beside runs/<run name>/policy, which is there all the time"""
 
     # rgb: scenes
     episodes: Count = 1400
@@ -59,6 +57,8 @@ class Args(harness.TaskArgs):
     """pictures and prompts per step"""
     learning_rate: Positive = 1e-3
     """peak of a schedule with 5 % warm-up and cosine decay to zero"""
+    save_every: Count = 500
+    """optimizer steps between checkpoints"""
 
 
 def check(args: Args) -> None:
@@ -71,7 +71,8 @@ def check(args: Args) -> None:
 
 def main(args: Args) -> None:
     check(args)
-    device = harness.set_up(args)
+    run = harness.Training("pretraining", args)
+    device = run.device
     rgb = args.obs_mode == "rgb"
     Policy, Config = policies.checkpoint.TYPES[args.policy]
     reads = getattr(Config, "discrete_state", False)  # whether its state is text in the prompt
@@ -111,7 +112,7 @@ def main(args: Args) -> None:
         **room,
     )
     copies = 1 if reads else config.horizon
-    policy = Policy(config).to(device)
+    policy = policies.load(run.resumed / "policy", device) if run.resumed else Policy(config).to(device)
     statistics = policies.NormStats.identity(state_dim), policies.NormStats.identity(config.action_dim)
     policy.processor = policies.Processor(config, policies.Tokenizer(), *statistics, device)
 
@@ -139,26 +140,29 @@ def main(args: Args) -> None:
     steps = args.steps or (3000 if reads else max(1, int(3.5 * held_out / args.batch_size)))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, weight_decay=1e-4)
     warmup = max(1, steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min((i + 1) / warmup, 0.5 * (1 + np.cos(np.pi * min(1, i / steps))))
-    )
-    start, origin = time.time(), harness.origin()
-    with tqdm(range(steps), desc="pre-training") as bar:
-        for step in bar:
-            told, truth = tell(torch.randint(held_out, (args.batch_size,)))
-            loss = (told - truth).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+    policy.meta = dict(env_id=args.env_id, obs_mode=args.obs_mode)
+    run.begin(dict(policy=policy), optimizer, total=steps, **(dict(episodes=len(data.start)) if rgb else {}))
+    policy.train()
+    for step in run.iterations():
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * min((step + 1) / warmup, 0.5 * (1 + np.cos(np.pi * min(1, step / steps))))
+        told, truth = tell(torch.randint(held_out, (args.batch_size,)))
+        loss = (told - truth).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        losses = harness.Averages()
+        losses.add({"mse": loss.detach()})
+        if run.clip_gradients(losses, grad_norm=policy.parameters()):
             optimizer.step()
-            schedule.step()
-            if (step + 1) % 200 == 0 or step == steps - 1:
-                found = report()
-                bar.set_postfix(loss=f"{loss.item():.4f}", **{name: f"{value:.3f}" for name, value in found.items()})
-                made = dict(steps=step + 1) | (dict(episodes=len(data.start)) if rgb else {}) | found | origin
-                policy.meta = dict(env_id=args.env_id, obs_mode=args.obs_mode, pretraining=made)
-                policies.save(policy, args.output)
-    print(f"{steps} steps, {(time.time() - start) / 60:.1f} min: held-out errors (median) {found}")
+        if (step + 1) % 200 == 0 and step + 1 < steps:
+            losses.add(report())
+        run.log(losses)
+        run.save_when_due()
+
+    found = report()
+    print(f"{steps} steps, {run.trained_s / 60:.1f} min: held-out errors (median) {found}")
+    run.finish(**found)
+    policies.save(policy, args.output)
     print(f"checkpoint {args.output}")
 
 

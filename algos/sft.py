@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,13 +17,13 @@ sys.path.pop(0)
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from pi_stepnft import envs, harness, policies
 from pi_stepnft.envs import datasets, demos
 from pi_stepnft.harness import Batch, Count, CountOrZero, Positive, PositiveOrZero, Size, Text
 from pi_stepnft.harness.evaluation import by_ode, evaluate
 from pi_stepnft.harness.films import record
+from pi_stepnft.policies.pi0 import sample_time
 
 
 @dataclass
@@ -34,7 +33,7 @@ class Args(harness.TrainArgs):
     base: Text | None = None
     """checkpoint to start from, e.g. one that can see and read (algos/pretrain.py); default: random weights, tiny sizes"""
     output: Text | None = None
-    """checkpoint folder to write; by default runs/<run name>/policy"""
+    """checkpoint folder to write at the end, beside runs/<run name>/policy, which is there all the time"""
 
     # demonstrations
     demos: Count = 64
@@ -51,6 +50,10 @@ class Args(harness.TrainArgs):
     """with --dataset: turn the pictures by 180°, or do not (--no-…); default: LIBERO's HDF5 files are turned, as the field does"""
     absolute_actions: bool = False
     """with --dataset: actions are targets, not differences, so the last one is repeated past an episode's end"""
+    val_demos: CountOrZero = 0
+    """demonstrations of these that are not trained on, whole ones and the same with every seed, for the validation loss; 0: none"""
+    val_every: Count = 100
+    """optimizer steps between validations, each on up to 256 of their observations, at the same noise and times"""
 
     # flow matching
     train: Literal["expert", "all", "lora"] = "all"
@@ -66,8 +69,8 @@ class Args(harness.TrainArgs):
     """peak of a schedule with 5 % warm-up and cosine decay to zero"""
     weight_decay: PositiveOrZero = 1e-4
     """AdamW's"""
-    max_grad_norm: Positive = 1.0
-    """gradient clipping"""
+    save_every: Count = 500
+    """optimizer steps between checkpoints"""
 
     # the policy, and its evaluation
     horizon: Size = 4
@@ -98,13 +101,15 @@ def check(args: Args) -> None:
 
 def main(args: Args) -> None:
     check(args)
-    device = harness.set_up(args)
+    run = harness.Training("sft", args)
+    device = run.device
 
     # Demonstrations, and the environments that make them and evaluate the policy
     policy, image_size = None, args.image_size
-    if args.base:  # no weight depends on the horizon
+    source = run.resumed / "policy" if run.resumed and args.train != "lora" else args.base  # what is saved has adapters merged
+    if source:  # no weight depends on the horizon
         precision = dict(dtype=getattr(torch, args.dtype), trained=None if args.train == "lora" else args.train)
-        policy = policies.load(args.base, device, expect=args.policy, horizon=args.horizon, **precision)
+        policy = policies.load(source, device, expect=args.policy, horizon=args.horizon, **precision)
         image_size = policy.config.image_size
     data, venv = None, None
     if args.dataset:  # before the simulators start, which takes longer than to find a file wanting
@@ -137,6 +142,16 @@ def main(args: Args) -> None:
         if given != wanted:
             raise harness.RunError(f"the demonstrations have {given}, {args.env_id} has {wanted}; --eval-episodes 0 trains anyway")
 
+    # Held-out demonstrations: chosen at random, as the last ones may be another task's
+    trained_on = len(data.start) - args.val_demos
+    if trained_on < 1:
+        raise harness.RunError(f"--val-demos {args.val_demos} of {len(data.start)} demonstrations leaves none to train on")
+    order = np.random.default_rng(0).permutation(len(data.start))
+    episode = np.repeat(np.arange(len(data.start)), np.diff(np.append(data.start, len(chunks))))  # (N,) that each row belongs to
+    is_held_out = np.isin(episode, order[: args.val_demos])
+    train, held_out = (torch.from_numpy(np.flatnonzero(chosen)) for chosen in (~is_held_out, is_held_out))  # rows
+    held_out = held_out[:: max(1, len(held_out) // 256)]
+
     # Policy
     if not policy:
         Policy, Config = policies.checkpoint.TYPES[args.policy or "pi0"]
@@ -148,7 +163,12 @@ def main(args: Args) -> None:
         if count > limit:
             raise harness.RunError(f"the demonstrations have {count} {what}, --base {args.base} has room for {limit}")
     tokenizer = policy.processor.tokenizer if policy.processor else policies.Tokenizer()
-    statistics = policies.NormStats.from_data(data.state), policies.NormStats.from_data(chunks, min_std=0.1)
+    statistics = policies.NormStats.from_data(data.state[train]), policies.NormStats.from_data(chunks[train], min_std=0.1)
+    if run.resumed:
+        known = policies.read_json(run.resumed / "policy" / "config.json")["processor"]
+        if [known["state"], known["actions"]] != [each.to_dict() for each in statistics]:
+            raise harness.RunError(f"the demonstrations are not those that {run.folder} was begun with: bring them back, or start "
+                                   "a new run")
     policy.processor = policies.Processor(config, tokenizer, *statistics, device)
     harness.adapt(policy, args).train()
     actions = policy.processor.normalize_actions(chunks, data.state)  # (N, H, A)
@@ -163,58 +183,75 @@ def main(args: Args) -> None:
         with torch.no_grad():
             cache = policies.Prefix.cat([encode(rows) for rows in torch.arange(len(state)).split(256)])
 
+    def flow_loss(rows: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Mean over observations `rows` (b,), at noise (b, draws, H, A) and times (b, draws)."""
+        prefix = cache[rows] if args.train == "expert" else encode(rows)
+        targets = actions[rows, None].expand(noise.shape)
+        return policy.flow_loss(prefix, state[rows], targets, noise, t)[..., :A].mean()
+
+    fixed = torch.Generator().manual_seed(0)
+    shape = len(held_out), args.draws
+    val_noise = torch.randn(*shape, *actions.shape[1:], generator=fixed).to(device)
+    val_t = sample_time(shape, generator=fixed).to(device)
+
+    def validate() -> dict[str, float]:
+        """The loss on the held-out demonstrations."""
+        policy.eval()
+        with torch.no_grad():
+            parts = torch.arange(len(held_out)).split(args.micro_batch or args.batch_size)
+            total = sum(len(i) * flow_loss(held_out[i], val_noise[i], val_t[i]).item() for i in parts)
+        policy.train()
+        return {"val_flow": total / len(held_out)}
+
     # Flow matching
     parameters = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.weight_decay)
     warmup = max(1, args.steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min((i + 1) / warmup, 0.5 * (1 + np.cos(np.pi * min(1, i / args.steps))))
+    policy.meta = dict(env_id=args.env_id, obs_mode=args.obs_mode, execute=args.execute, num_steps=args.num_steps)
+    run.begin(
+        dict(policy=policy), optimizer, total=args.steps, demos=trained_on, val_demos=args.val_demos,
+        steps=args.steps, train=args.train, base=args.base and Path(args.base).name,
     )
-    name = harness.run_name("sft", config.type, args)
-    writer = harness.open_logs(Path("runs", name), args)
-    start = time.time()
-    with tqdm(range(args.steps), desc="SFT") as bar:
-        for step in bar:
-            rows = torch.randint(len(state), (args.batch_size,))
-            optimizer.zero_grad()
-            loss = 0.0
-            for part in rows.split(args.micro_batch or len(rows)):
-                prefix = cache[part] if args.train == "expert" else encode(part)
-                targets = actions[part, None].expand(-1, args.draws, -1, -1)  # (b, draws, H, A)
-                mean = policy.flow_loss(prefix, state[part], targets)[..., :A].mean()
-                (len(part) / len(rows) * mean).backward()
-                loss += len(part) / len(rows) * mean.detach()
-            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+    for step in run.iterations():
+        losses = harness.Averages()
+        if args.val_demos and step % args.val_every == 0:
+            losses.add(validate())
+            run.lap("validation")
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * min((step + 1) / warmup, 0.5 * (1 + np.cos(np.pi * min(1, step / args.steps))))
+        rows = train[torch.randint(len(train), (args.batch_size,))]
+        noise = torch.randn(len(rows), args.draws, *actions.shape[1:], device=device)
+        t = sample_time((len(rows), args.draws), device)
+        optimizer.zero_grad()
+        for mb in torch.arange(len(rows)).split(args.micro_batch or len(rows)):  # the loss is a mean over rows, so is its gradient
+            loss, share = flow_loss(rows[mb], noise[mb], t[mb]), len(mb) / len(rows)
+            (share * loss).backward()
+            losses.add({"flow": loss.detach()}, share)
+        if run.clip_gradients(losses, grad_norm=parameters):
             optimizer.step()
-            schedule.step()
-            if step % 50 == 0 or step == args.steps - 1:
-                if not torch.isfinite(loss):
-                    raise harness.RunError(f"the loss became {loss.item()} at step {step}: lower --learning-rate")
-                writer.add_scalar("losses/flow", loss.item(), step)
-                writer.add_scalar("losses/grad_norm", grad_norm.item(), step)
-                bar.set_postfix(loss=f"{loss.item():.4f}")
+        run.log(losses)
+        run.save_when_due()
 
+    # Validation, and evaluation on held-out seeds
+    outcome = validate() if args.val_demos else {}
+    for name, loss in outcome.items():
+        run.writer.add_scalar(f"losses/{name}", loss, args.steps)
+    print(f"{args.env_id} ({args.obs_mode}): SFT on {trained_on} demonstrations, {run.trained_s / 60:.1f} min"
+          + "".join(f", loss on {args.val_demos} others {loss:.4f}" for loss in outcome.values()))
     policy.eval()
-    made = dict(demos=len(data.start), steps=args.steps, seed=args.seed, train=args.train, base=args.base and Path(args.base).name)
-    made |= harness.origin()
-    policy.meta = dict(env_id=args.env_id, obs_mode=args.obs_mode, execute=args.execute, num_steps=args.num_steps, sft=made)
-    output = args.output or f"runs/{name}/policy"
-    policies.save(policy, output)
-    print(f"{args.env_id} ({args.obs_mode}): SFT on {len(data.start)} demonstrations, {(time.time() - start) / 60:.1f} min")
-
-    # Evaluation on held-out seeds
     if venv:
-        act = by_ode(policy, args.num_steps)
-        result = evaluate(venv, act, args.eval_episodes, execute=args.execute, progress="evaluation")
-        writer.add_scalar("eval/success", result.rate, args.steps)
-        made |= dict(success=result.rate, interval=result.interval, episodes=args.eval_episodes)
-        policies.save(policy, output)
+        result = evaluate(venv, by_ode(policy, args.num_steps), args.eval_episodes, execute=args.execute, progress="evaluation")
+        run.writer.add_scalar("eval/success", result.rate, args.steps)
+        outcome |= result.outcome
+    run.finish(**outcome)
+    if args.output:
+        policies.save(policy, args.output)
+    if venv:
         if args.video:
-            record(venv, result, f"videos/{name}.mp4", f"{args.env_id}, after {args.steps} steps")
+            record(venv, result, f"videos/{run.folder.name}.mp4", f"{args.env_id}, after {args.steps} steps")
         venv.close()
         print(f"success {result}")
-    writer.close()
-    print(f"checkpoint {output}")
+    print(f"checkpoint {args.output or run.folder / 'policy'}")
 
 
 if __name__ == "__main__":

@@ -118,13 +118,14 @@ def interrupt(algo: str, folder: Path, options: list[str], kind: str, draw: rand
 
 
 def outcome(folder: Path) -> tuple[dict[str, torch.Tensor], list, dict]:
-    """All tensors of a run's last checkpoint, its evaluations, and what became of its episodes."""
+    """All tensors of a run's last checkpoint, its evaluations or validation loss, and what became of its episodes."""
     run = run_folder(folder)
     last = (run / "checkpoints" / "last").resolve()
     files = {path.relative_to(last): load_file(path) for path in last.rglob("*.safetensors")}
     tensors = {f"{file}: {name}": value for file, held in files.items() for name, value in held.items()}
     result = json.loads((run / "result.json").read_text())
-    return tensors, [(point["iteration"], point["env_steps"], point["success"]) for point in result["curve"]], result
+    measured = [(point["iteration"], point["env_steps"], point["success"]) for point in result.get("curve", [])]
+    return tensors, measured or [result.get("val_flow")], result
 
 
 def main(args: Args) -> None:

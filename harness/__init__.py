@@ -10,6 +10,7 @@ from pi_stepnft.harness.args import (
     Positive,
     PositiveOrZero,
     RLArgs,
+    RunArgs,
     RunError,
     Seconds,
     Seed,
@@ -26,6 +27,7 @@ from pi_stepnft.harness.args import (
 from pi_stepnft.harness.run import (
     Averages,
     Run,
+    Training,
     adapt,
     check_fit,
     check_task,
@@ -35,9 +37,6 @@ from pi_stepnft.harness.run import (
     commit,
     make_envs,
     one_line_errors,
-    open_logs,
-    origin,
-    run_name,
     set_up,
     slug,
     task_name,
@@ -45,8 +44,8 @@ from pi_stepnft.harness.run import (
 from pi_stepnft.harness.storage import Prefixes, Rows, memory_gb
 
 __all__ = [
-    "Averages", "Batch", "Count", "CountOrZero", "Positive", "PositiveOrZero", "Prefixes", "RLArgs", "Rows", "Run",
-    "RunError", "Seconds", "Seed", "Share", "Size", "SizeOrZero", "TaskArgs", "Text", "TrainArgs", "adapt", "check", "check_fit",
-    "check_task", "choose_device", "command", "command_line", "commit", "env_options", "make_envs",
-    "memory_gb", "one_line_errors", "open_logs", "origin", "parse", "run_name", "set_up", "slug", "task_name",
+    "Averages", "Batch", "Count", "CountOrZero", "Positive", "PositiveOrZero", "Prefixes", "RLArgs", "Rows", "Run", "RunArgs",
+    "RunError", "Seconds", "Seed", "Share", "Size", "SizeOrZero", "TaskArgs", "Text", "TrainArgs", "Training", "adapt", "check",
+    "check_fit", "check_task", "choose_device", "command", "command_line", "commit", "env_options", "make_envs",
+    "memory_gb", "one_line_errors", "parse", "set_up", "slug", "task_name",
 ]

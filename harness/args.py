@@ -34,7 +34,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Text = Annotated[str, Field(min_length=1)]
 
-FREE_ON_RESUME = "num_threads", "max_minutes", "iterations", "track", "video", "device", "step_timeout"
+FREE_ON_RESUME = "num_threads", "max_minutes", "iterations", "output", "track", "video", "device", "step_timeout"
 """What a run may change when it goes on; all else is part of what it computes."""
 
 
@@ -63,11 +63,30 @@ class TaskArgs:
 
 
 @dataclass
-class TrainArgs(TaskArgs):
-    """Of every program that trains a policy to act."""
+class RunArgs(TaskArgs):
+    """Of every training: it can be left alone, and gone on with."""
 
+    resume: Text | None = None
+    """run folder (runs/<name>) to go on with, under its own arguments; of these --iterations, --max-minutes, --num-threads,
+    --device, --step-timeout, --output, --track and --video may be given anew, where there are such"""
     track: bool = False
     """log to Weights & Biases too (offline without an account)"""
+    save_every: Count = 10
+    """iterations between checkpoints"""
+    save_minutes: Positive = 10.0
+    """minutes after which a checkpoint is written in any case"""
+    keep: Count = 2
+    """checkpoints to keep, the newest ones: where the last is damaged, --resume goes back to the one before"""
+    max_grad_norm: Positive = 1.0
+    """gradient clipping (authors: 1)"""
+    max_bad_updates: Count = 20
+    """updates in a row that are left out, as their gradient is no finite number, before the run stops"""
+
+
+@dataclass
+class TrainArgs(RunArgs):
+    """Of every program that trains a policy to act."""
+
     video: bool = True
     """write videos/<run name>.mp4 at the end"""
 
@@ -90,9 +109,6 @@ class RLArgs(TrainArgs):
 
     checkpoint: Text | None = None
     """policy to start from: a folder or a bundled name; default: the bundled one for the task and obs mode"""
-    resume: Text | None = None
-    """run folder (runs/<name>) to go on with, under its own arguments; of these --iterations, --max-minutes, --num-threads,
-    --device, --step-timeout, --track and --video may be given anew"""
     iterations: Count | None = None
     """rollout + update rounds; default: 120 for π0, 200 for π0.5 (the method's authors: 400 LIBERO, 240 ManiSkill)"""
     max_minutes: PositiveOrZero = 24.0
@@ -117,8 +133,6 @@ class RLArgs(TrainArgs):
     """minibatches per epoch: few and large, as Adam's full-size steps amplify gradient noise"""
     warmup_iterations: CountOrZero = 5
     """iterations of linear learning-rate warm-up"""
-    max_grad_norm: Positive = 1.0
-    """gradient clipping (authors: 1)"""
     prefix_cache: Literal["device", "cpu", "off"] | None = None
     """where a frozen VLM's prefixes wait for the update; off: their inputs wait in host memory and are encoded again in each
     minibatch. Default: device; off where the VLM is trained"""
@@ -132,14 +146,6 @@ class RLArgs(TrainArgs):
     """episodes of the evaluations before and after"""
     eval_seed: Seed = envs.EVAL_SEED
     """first seed of the evaluation episodes; choose settings on others (envs.TUNING_SEED) than those you report on"""
-    save_every: Count = 10
-    """iterations between checkpoints"""
-    save_minutes: Positive = 10.0
-    """minutes after which a checkpoint is written in any case"""
-    max_bad_updates: Count = 20
-    """updates in a row that are left out, as their gradient is no finite number, before the run stops"""
-    keep: Count = 2
-    """checkpoints to keep, the newest ones: where the last is damaged, --resume goes back to the one before"""
 
 
 A = TypeVar("A")
@@ -299,6 +305,7 @@ def resumed(now: A) -> A:
     args = typed(type(now), json.dumps(stored), lambda name: f"{folder}/args.json: {name}")
     chosen = {name: getattr(now, name) for name in names - {"resume"} if {option(name), option(f"no_{name}")} & set(given())}
     if fixed := sorted(option(name) for name in chosen if name not in FREE_ON_RESUME and chosen[name] != getattr(args, name)):
+        start = "".join(f" with {option(name)} {folder}/policy" for name in ("checkpoint", "base") if name in names)
         raise RunError(f"--resume goes on under the run's own arguments, which have another {', '.join(fixed)}: leave it out, or "
-                       f"start a new run with --checkpoint {folder}/policy")
+                       f"start a new run{start}")
     return replace(args, **{name: chosen[name] for name in FREE_ON_RESUME if name in chosen}, resume=now.resume)

@@ -58,15 +58,19 @@ class Lost:
 
 @dataclass
 class Progress:
-    """Attributes of a run that go with its checkpoints."""
+    """Attributes of a training that go with its checkpoints."""
 
     __pydantic_config__ = dict(extra="forbid")
     iteration: CountOrZero
-    env_steps: Steps
     trained_s: PositiveOrZero
+    bad_updates: Steps
+
+
+@dataclass
+class RLProgress(Progress):
+    env_steps: Steps
     curve: list[Point]
     lost: Lost
-    bad_updates: Steps
 
 
 @dataclass
@@ -75,7 +79,7 @@ class State:
 
     __pydantic_config__ = dict(extra="forbid")
     numpy_rng: dict[str, Any]
-    progress: Progress
+    progress: RLProgress | Progress
 
 
 def save(

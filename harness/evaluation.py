@@ -52,6 +52,11 @@ class Evaluation:
     def interval(self) -> tuple[float, float]:
         return wilson(self.success.sum(), len(self.success))
 
+    @property
+    def outcome(self) -> dict:
+        """What results and the meta of policies tell of it."""
+        return dict(success=self.rate, interval=self.interval, episodes=len(self.success))
+
     def __str__(self) -> str:
         low, high = self.interval
         return f"{100 * self.rate:.1f} % [{100 * low:.1f}, {100 * high:.1f}] of {len(self.success)} episodes"

@@ -1,7 +1,8 @@
-"""`Run`: the records of one training, which an algorithm calls and which never calls back.
+"""`Training` and `Run`: the records of one training, which an algorithm calls and which never call back.
 
-Folder and arguments, seeds, device and threads, TensorBoard and Weights & Biases, the learning curve and the minutes that it took,
-evaluations, checkpoints, result.json and the last sentence. What is learned, and how, is the algorithm's file alone.
+`Training` is what each of them has: folder and arguments, seeds, device and threads, TensorBoard and Weights & Biases, signals,
+updates that are no numbers, checkpoints, result.json. `Run`, of reinforcement learning, adds the start, environments, evaluations
+and the learning curve. What is learned, and how, is the algorithm's file alone.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from tqdm import tqdm
 import pi_stepnft
 from pi_stepnft import envs, policies
 from pi_stepnft.harness import checkpoints
-from pi_stepnft.harness.args import RLArgs, RunError, TaskArgs, TrainArgs, env_options
+from pi_stepnft.harness.args import RLArgs, RunArgs, RunError, TaskArgs, TrainArgs, env_options
 from pi_stepnft.harness.charts import plot_curve
 from pi_stepnft.harness.evaluation import Evaluation, by_ode, evaluate
 from pi_stepnft.harness.films import record
@@ -49,6 +50,7 @@ ITERATIONS = {"pi0": 120, "pi05": 200}
 NAMES = {"pi0": "π0", "pi05": "π0.5"}
 HELD: dict[Path, int] = {}
 """Folders of runs that are this process's alone, and the descriptors by which they are locked."""
+OUTCOME = "success", "interval", "episodes"
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
 
@@ -66,39 +68,230 @@ class Averages(dict):
         return {name: total / weights for name, (total, weights) in self.items()}
 
 
-class Run:
-    """One training. An algorithm reads its args, device, execute (actions executed of a chunk), mask ((H, A) bool: what of a chunk
-    is executed) and rng (of the initial states).
+class Training:
+    """One training of any kind. An algorithm reads its args, device and rng and, with --resume, `resumed`: the folder of the
+    checkpoint to go on from, whose policies it loads.
 
-    algorithm: its name in folders and results; policy_type: "pi0" or "pi05", None where the checkpoint says which.
-    Raises RunError or EnvError, in one line, for arguments that cannot work.
+    algorithm: its name in folders, in results and in the meta of its policies.
+    Raises RunError or CheckpointError, in one line, for a run that cannot be gone on with.
     """
 
-    def __init__(self, algorithm: str, args: RLArgs, policy_type: str | None = None):
+    Progress = checkpoints.Progress
+
+    def __init__(self, algorithm: str, args: RunArgs):
         self.device = set_up(args)
         self.algorithm, self.args = algorithm, replace(args)
         self.rng = np.random.default_rng(args.seed)
+        self.iteration, self.trained_s, self.peak_gb = 0, 0.0, 0.0
+        self.bad_updates, self._bad = 0, {}  # in all, and in a row by what was bad
+        self._stopped: signal.Signals | None = None
+        self._in_iteration = False
+        self.resumed: Path | None = None
+        if args.resume:
+            self.folder = Path(args.resume) if Path(args.resume).name else Path(args.resume).resolve()  # --resume .
+            self._alone()
+            self.resumed = checkpoints.newest(self.folder)
+
+    # ------------------------------------------------------------------------------------------------ from start to end
+
+    def begin(
+        self,
+        trained: dict[str, policies.Pi0],
+        optimizer: torch.optim.Optimizer,
+        unsaved: dict[str, list[torch.Tensor]] | None = None,
+        memory: deque[list[torch.Tensor]] | None = None,
+        *,
+        total: int,
+        **facts: Any,
+    ) -> None:
+        """Open the run's folder and logs; with --resume go back to where the run stood.
+
+        trained: policies by the name of their folder, the one to report first; unsaved: tensors by name that no policy's checkpoint
+        holds, such as a value head's; memory: what later iterations learn from; total: iterations of the whole training; facts:
+        what the meta of its policies tells of it.
+        """
+        args = self.args
+        self.trained, self.optimizer, self.unsaved = trained, optimizer, dict(unsaved or {})
+        self.memory, self.total, self.facts = deque() if memory is None else memory, total, facts
+        lora = getattr(args, "train", "all") == "lora"
+        if lora:
+            self.unsaved |= {name: [p for p in policy.parameters() if p.requires_grad] for name, policy in trained.items()}
+        first, *others = trained
+        self.policy_type, self.origin = trained[first].config.type, origin()
+        if self.resumed:
+            for name in () if lora else others:
+                policies.load_weights(trained[name], self.resumed / name / "model.safetensors")
+            progress, kept = checkpoints.restore(self.resumed, optimizer, self.rng, self.unsaved, self.device)
+            self.memory.extend(kept)
+            checkpoints.link(self.resumed.parent / checkpoints.POINTER, self.resumed.name)  # a damaged one was passed over
+            vars(self).update(progress)
+            result = self.folder / "result.json"
+            done = policies.read_json(result).get("iterations") if result.is_file() else None
+            if self.iteration >= total and done == self.iteration:
+                more = "to go on, give --iterations above that" if hasattr(args, "iterations") else "start a new run"
+                raise RunError(f"{self.folder} has done its {self.iteration} iterations: {more}")
+            known = policies.read_json(self.resumed / first / "config.json")["meta"].get(self.algorithm)
+            self.origin |= {name: known[name] for name in self.origin if isinstance(known, dict) and name in known}
+        else:
+            self.folder = new_folder(Path("runs", run_name(self.algorithm, self.policy_type, args)))
+            self._alone()
+        write_json(self.folder / "args.json", asdict(args) | {"resume": None})
+        self.writer = open_logs(self.folder, args, purge_step=self.iteration + 1 if self.resumed else None)
+        self._saved, self._saved_at = self.iteration if self.resumed else None, time.time()
+
+    def iterations(self) -> Iterator[int]:
+        """The numbers of the iterations that are left, from 0 on, until they are done, the time is up or a signal asks to stop.
+
+        What they have come to is saved then. A training that a signal has stopped has nothing to report yet: the program ends with
+        how to go on.
+        """
+        if self._saved is None:  # a disk that is full is told now
+            self.save()
+        limit, before = 60 * getattr(self.args, "max_minutes", 0.0), self.trained_s
+        self._start = time.time() - self.trained_s
+        for name in SIGNALS:
+            if signal.getsignal(name) != signal.SIG_IGN:  # as nohup has it
+                signal.signal(name, self._stop)
+        self._bar = tqdm(total=self.total, initial=self.iteration, desc=self.algorithm.upper(), smoothing=0.1)
+        while self.iteration < self.total and not 0 < limit < self.trained_s - before and not self._stopped:
+            self._began, self._laps, self._in_iteration = time.time(), {}, True
+            yield self.iteration
+            self._in_iteration = False
+        self._bar.close()
+        if self._saved != self.iteration:  # the time was up
+            self.save()
+        if self._stopped:
+            self.writer.close()
+            name, status = self._stopped.name, 128 + self._stopped  # as a shell tells of a signal
+            print(f"stopped by {name} after iteration {self.iteration}; {self._how_to_go_on()}", file=sys.stderr)
+            sys.exit(status)
+
+    def lap(self, name: str) -> None:
+        """The part of the iteration that is called `name` ("rollout", "update") ends here."""
+        seconds, gb = time.time() - self._began - sum(s for s, _ in self._laps.values()), memory_gb(self.device)
+        self._laps[name] = seconds, gb
+        self.peak_gb = max(self.peak_gb, gb)
+
+    def clip_gradients(self, losses: Averages, **parameters: Iterable[torch.Tensor]) -> bool:
+        """Limit the gradients' norms to --max-grad-norm, each by itself, and add what they were to losses.
+
+        False, which is counted, where one is not finite: the update is to be left out. Raises RunError after --max-bad-updates such
+        in a row; the last checkpoint is as it was.
+        """
+        norms = {name: torch.nn.utils.clip_grad_norm_(each, self.args.max_grad_norm) for name, each in parameters.items()}
+        losses.add(norms)
+        return self._sound(all(torch.isfinite(norm) for norm in norms.values()), "the gradient is no finite number")
+
+    def log(self, losses: Averages, **charts: float) -> None:
+        """Count the iteration and tell TensorBoard and the progress bar of it."""
+        self.lap("update")
+        self.iteration += 1
+        self.trained_s = time.time() - self._start
+        for name, (seconds, gb) in self._laps.items():
+            charts |= {f"{name}_s": seconds, f"memory_{name}_gb": gb}
+        charts |= dict(bad_updates=self.bad_updates, learning_rate=self.optimizer.param_groups[0]["lr"])
+        means = losses.means()
+        scalars = {f"charts/{name}": value for name, value in charts.items()}
+        for name, value in (scalars | {f"losses/{name}": value for name, value in means.items()}).items():
+            self.writer.add_scalar(name, value, self.iteration)
+        self._bar.update()
+        self._bar.set_postfix({name: f"{value:.4f}" for name, value in means.items()}, refresh=False)
+
+    def save_when_due(self) -> None:
+        """A checkpoint every --save-every iterations or --save-minutes, and at the end."""
+        waited = time.time() - self._saved_at > 60 * self.args.save_minutes
+        if self.iteration % self.args.save_every == 0 or waited or self.iteration == self.total or self._stopped:
+            self.save()
+
+    def save(self, **outcome: Any) -> None:
+        """Write all that --resume needs. outcome: how well the first policy does as it is now, for its meta."""
+        made = self.facts | dict(iteration=self.iteration, seed=self.args.seed, **self.origin)
+        for index, policy in enumerate(self.trained.values()):
+            others = {name: value for name, value in policy.meta.items() if name != self.algorithm}  # the newest comes last
+            policy.meta = others | {self.algorithm: made if index else made | outcome}
+        progress = {field.name: getattr(self, field.name) for field in fields(self.Progress)}
+        checkpoints.save(self.folder, self.trained, self.optimizer, self.rng, progress, self.unsaved, self.memory, self.args.keep)
+        self._saved, self._saved_at = self.iteration, time.time()
+
+    def finish(self, **outcome: Any) -> None:
+        """Save the end, with how well its policy does, and write result.json."""
+        self.save(**outcome)
+        self._close(**self.facts, **outcome)
+
+    def _close(self, **facts: Any) -> None:
+        """Write result.json, and let go of the folder. facts: more entries of it."""
+        args = self.args
+        self.writer.close()
+        write_json(self.folder / "result.json", dict(
+            command=command_line(), commit=commit(), algorithm=f"{self.algorithm}_{self.policy_type}",
+            env_id=args.env_id, obs_mode=args.obs_mode, seed=args.seed, iterations=self.iteration,
+            training_minutes=self.trained_s / 60, peak_memory_gb=self.peak_gb, bad_updates=self.bad_updates,
+            parameters_trained=sum(p.numel() for group in self.optimizer.param_groups for p in group["params"]),
+            **facts, versions=dict(torch=torch.__version__, python=sys.version.split()[0]), args=asdict(args),
+        ))
+        os.close(HELD.pop(self.folder.resolve()))
+
+    # ------------------------------------------------------------------------------------------------ what may go wrong
+
+    def _sound(self, sound: bool, what: str) -> bool:
+        """Count what is not sound, and end the run where that is all there is."""
+        self._bad[what] = 0 if sound else self._bad.get(what, 0) + 1
+        self.bad_updates += not sound
+        if self._bad[what] >= self.args.max_bad_updates:
+            raise RunError(f"{what}, {self._bad[what]} times in a row, at iteration {self.iteration}: lower --learning-rate; the "
+                           f"last checkpoint in {self.folder} is from before")
+        return sound
+
+    def _how_to_go_on(self) -> str:
+        return f"go on with --resume {shlex.quote(str(self.folder))}"
+
+    def _alone(self) -> None:
+        """Hold the run's folder until the program ends. Raises RunError where another one does, whose files this would remove."""
+        if (folder := self.folder.resolve()) in HELD:  # by this very process
+            return
+        HELD[folder] = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(HELD[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(HELD.pop(folder))
+            raise RunError(f"another process is training in {self.folder}: wait for it, or stop it") from None
+        except OSError:  # a file system without locks
+            pass
+
+    def _stop(self, number: int, frame: Any) -> None:
+        """The first signal ends the run after the iteration that it comes in; a second one, or one outside of them, ends it now."""
+        if not self._in_iteration or self._stopped:
+            raise KeyboardInterrupt(self._how_to_go_on(), number)
+        self._stopped = signal.Signals(number)
+        tqdm.write(f"{self._stopped.name}: ending this iteration, then saving (once more: stop at once)")
+
+
+class Run(Training):
+    """A training by reinforcement learning. An algorithm reads its args, device, execute (actions executed of a chunk), mask
+    ((H, A) bool: what of a chunk is executed) and rng (of the initial states).
+
+    policy_type: "pi0" or "pi05", None where the checkpoint says which.
+    Raises RunError or EnvError, in one line, for arguments that cannot work.
+    """
+
+    Progress = checkpoints.RLProgress
+
+    def __init__(self, algorithm: str, args: RLArgs, policy_type: str | None = None):
+        super().__init__(algorithm, args)
         start = policy_type or getattr(args, "policy", None) or "pi0"
         self.checkpoint = args.checkpoint or bundled_start(args.env_id, args.obs_mode, start)
         self._expect = policy_type
         self.prefix_cache = args.prefix_cache or ("device" if args.train == "expert" else "off")
-        self.iteration, self.env_steps, self.trained_s, self.curve, self.peak_gb = 0, 0, 0.0, [], 0.0
+        self.env_steps, self.curve = 0, []
         # Episodes whose worker died, left out there, played again here; those that failed as their actions were no finite numbers
         self.lost = dict(rollouts=0, evaluations=0, broken=0)
-        self.bad_updates, self._bad = 0, {}  # in all, and in a row by what was bad
-        self._stopped: signal.Signals | None = None
-        self._in_iteration = False
 
     # ------------------------------------------------------------------------------------------------ policy and environments
 
     def load_policy(self) -> policies.Pi0:
         """The policy to train, frozen and adapted as --train says; with --resume the run's own."""
         args, lora = self.args, self.args.train == "lora"
-        if args.resume:
-            self.folder = Path(args.resume) if Path(args.resume).name else Path(args.resume).resolve()  # --resume .
-            self._alone()
-        self._resumed = checkpoints.newest(self.folder) if args.resume else None
-        source = self._resumed / "policy" if self._resumed and not lora else self.checkpoint  # saved policies have adapters merged
+        source = self.resumed / "policy" if self.resumed and not lora else self.checkpoint  # saved policies have adapters merged
         dtype, trained = getattr(torch, args.dtype), None if lora else args.train
         policy = policies.load(source, self.device, dtype, expect=self._expect, trained=trained)
         if hasattr(args, "policy"):
@@ -108,8 +301,6 @@ class Run:
         trained_on = policy.meta.get("obs_mode", args.obs_mode)
         if trained_on != args.obs_mode:
             raise RunError(f"{self.checkpoint} acts in {trained_on} mode: add --obs-mode {trained_on}, or another --checkpoint")
-        known = policy.meta.get(self.algorithm) if self._resumed else None
-        self.origin = origin() | {name: known[name] for name in ("command", "commit") if isinstance(known, dict) and name in known}
         adapt(policy, args)
         args.iterations = args.iterations or ITERATIONS[policy.config.type]
         H, A = policy.config.horizon, policy.config.action_dim
@@ -118,9 +309,6 @@ class Run:
             raise RunError(f"--execute {self.execute} is longer than the {H} actions that {self.checkpoint} predicts")
         self.mask = torch.zeros(H, A, dtype=torch.bool, device=self.device)
         self.mask[: self.execute, : len(policy.processor.action_stats.mean)] = True
-        self.policy_type = policy.config.type
-        if not args.resume:
-            self.folder = Path("runs", run_name(self.algorithm, self.policy_type, args))
         return policy
 
     def make_envs(self, policy: policies.Pi0):
@@ -153,144 +341,53 @@ class Run:
         unsaved: dict[str, list[torch.Tensor]] | None = None,
         memory: deque[list[torch.Tensor]] | None = None,
     ) -> None:
-        """Open the run's folder and logs; evaluate the start, or with --resume go back to where the run stood.
-
-        trained: policies by the name of their folder, the one to report first; unsaved: tensors by name that no policy's checkpoint
-        holds, such as a value head's; memory: what later iterations learn from.
-        """
-        args = self.args
-        self.trained, self.optimizer, self.unsaved = trained, optimizer, dict(unsaved or {})
-        self.memory = deque() if memory is None else memory
-        if args.train == "lora":
-            self.unsaved |= {name: [p for p in policy.parameters() if p.requires_grad] for name, policy in trained.items()}
-        if self._resumed:
-            if args.train != "lora":
-                for name, policy in list(trained.items())[1:]:
-                    policies.load_weights(policy, self._resumed / name / "model.safetensors")
-            progress, kept = checkpoints.restore(self._resumed, optimizer, self.rng, self.unsaved, self.device)
-            self.memory.extend(kept)
-            checkpoints.link(self._resumed.parent / checkpoints.POINTER, self._resumed.name)  # a damaged one was passed over
-            vars(self).update(progress)
-            result = self.folder / "result.json"
-            done = policies.read_json(result).get("iterations") if result.is_file() else None
-            if self.iteration >= args.iterations and done == self.iteration:
-                raise RunError(f"{self.folder} has done its {self.iteration} iterations: to go on, give --iterations above that")
-        else:
-            self.folder = new_folder(self.folder)
-            self._alone()
-        write_json(self.folder / "args.json", asdict(args) | {"resume": None})
-        self.writer = open_logs(self.folder, args, purge_step=self.iteration + 1 if self.curve else None)
-        self._saved, self._saved_at = None, time.time()
+        """As every training's; the start is evaluated."""
+        told = dict(execute=self.execute, num_steps=self.args.num_steps)
+        if self.args.env_options:
+            told["env_options"] = list(self.args.env_options)
+        for policy in trained.values():
+            policy.meta = policy.meta | told
+        base = self.checkpoint if policies.layouts.is_hub_id(self.checkpoint) else Path(self.checkpoint).name
+        super().begin(trained, optimizer, unsaved, memory, total=self.args.iterations, base=base)
         if not self.curve:
             print(f"before: {self.evaluate('before')}")
-            self.save()
-
-    def iterations(self) -> Iterator[int]:
-        """The numbers of the iterations that are left, from 0 on, until they are done, the time is up or a signal asks to stop."""
-        limit, before = 60 * self.args.max_minutes, self.trained_s
-        self._start = time.time() - self.trained_s
-        for name in SIGNALS:
-            if signal.getsignal(name) != signal.SIG_IGN:  # as nohup has it
-                signal.signal(name, self._stop)
-        self._bar = tqdm(total=self.args.iterations, initial=self.iteration, desc=self.algorithm.upper(), smoothing=0.1)
-        while self.iteration < self.args.iterations and not 0 < limit < self.trained_s - before and not self._stopped:
-            self._began, self._laps, self._in_iteration = time.time(), {}, True
-            yield self.iteration
-            self._in_iteration = False
-        self._bar.close()
-
-    def lap(self, name: str) -> None:
-        """The part of the iteration that is called `name` ("rollout", "update") ends here."""
-        seconds, gb = time.time() - self._began - sum(s for s, _ in self._laps.values()), memory_gb(self.device)
-        self._laps[name] = seconds, gb
-        self.peak_gb = max(self.peak_gb, gb)
-
-    def clip_gradients(self, losses: Averages, **parameters: Iterable[torch.Tensor]) -> bool:
-        """Limit the gradients' norms to --max-grad-norm, each by itself, and add what they were to losses.
-
-        False, which is counted, where one is not finite: the update is to be left out. Raises RunError after --max-bad-updates such
-        in a row; the last checkpoint is as it was.
-        """
-        norms = {name: torch.nn.utils.clip_grad_norm_(each, self.args.max_grad_norm) for name, each in parameters.items()}
-        losses.add(norms)
-        return self._sound(all(torch.isfinite(norm) for norm in norms.values()), "the gradient is no finite number")
-
-    def _sound(self, sound: bool, what: str) -> bool:
-        """Count what is not sound, and end the run where that is all there is."""
-        self._bad[what] = 0 if sound else self._bad.get(what, 0) + 1
-        self.bad_updates += not sound
-        if self._bad[what] >= self.args.max_bad_updates:
-            raise RunError(f"{what}, {self._bad[what]} times in a row, at iteration {self.iteration}: lower --learning-rate; the "
-                           f"last checkpoint in {self.folder} is from before")
-        return sound
 
     def log(self, rollout: Rollout, losses: Averages, **charts: float) -> None:
-        """Count the iteration and tell TensorBoard and the progress bar of it."""
-        self.lap("update")
+        """As every training's, and of the iteration's episodes."""
         success, lost = rollout.success, rollout.lost
         self.env_steps += rollout.env_steps
-        self.iteration += 1
-        self.trained_s = time.time() - self._start
-        charts = dict(SPS=self.env_steps / self.trained_s, env_steps=self.env_steps) | charts
-        if not lost.all():
-            charts["rollout_success"] = success[~lost].mean()
-        for name, (seconds, gb) in self._laps.items():
-            charts |= {f"{name}_s": seconds, f"memory_{name}_gb": gb}
+        SPS = self.env_steps / (time.time() - self._start)
         self.lost["rollouts"] += int(lost.sum())
         self._sound(not lost.all(), "every episode of the rollout was lost, by workers that died or actions that are no numbers")
-        charts |= dict(lost_episodes=sum(self.lost.values()), bad_updates=self.bad_updates)
-        charts["learning_rate"] = self.optimizer.param_groups[0]["lr"]
-        scalars = {f"charts/{name}": value for name, value in charts.items()}
-        for name, value in (scalars | {f"losses/{name}": value for name, value in losses.means().items()}).items():
-            self.writer.add_scalar(name, value, self.iteration)
-        self._bar.update()
-        self._bar.set_postfix(success=f"{100 * success.mean():.0f}%", SPS=f"{charts['SPS']:.0f}", refresh=False)
+        charts = dict(SPS=SPS, env_steps=self.env_steps, lost_episodes=sum(self.lost.values())) | charts
+        if not lost.all():
+            charts["rollout_success"] = success[~lost].mean()
+        super().log(losses, **charts)
+        self._bar.set_postfix(success=f"{100 * success.mean():.0f}%", SPS=f"{SPS:.0f}", refresh=False)
 
     def evaluate_and_save_when_due(self) -> None:
-        """An evaluation every --eval-every iterations, which does not count as training time; a checkpoint every --save-every
-        iterations or --save-minutes."""
-        args, last = self.args, self.iteration == self.args.iterations
-        if args.eval_every and self.iteration % args.eval_every == 0 and not last:
+        """An evaluation every --eval-every iterations, which does not count as training time; a checkpoint as in every training."""
+        args = self.args
+        if args.eval_every and self.iteration % args.eval_every == 0 and self.iteration != self.total:
             result = self.evaluate()
             tqdm.write(f"iteration {self.iteration}, {self.env_steps} environment steps, {self.trained_s / 60:.1f} min: {result}")
             self._start = time.time() - self.trained_s
-        waited = time.time() - self._saved_at > 60 * args.save_minutes
-        if self.iteration % args.save_every == 0 or waited or last or self._stopped:
-            self.save()
+        self.save_when_due()
 
     def finish(self, **facts: Any) -> None:
-        """Evaluate and save the end, film it, and write result.json. facts: more entries of it.
-
-        A run that a signal has stopped has nothing to report yet: it is saved, and the program ends with how to go on.
-        """
+        """Evaluate and save the end, write result.json, and film the end. facts: more entries of result.json."""
         args = self.args
-        if self._stopped:
-            self.writer.close()
-            if self._saved != self.iteration:
-                self.save()
-            name, status = self._stopped.name, 128 + self._stopped  # as a shell tells of a signal
-            print(f"stopped by {name} after iteration {self.iteration}; {self._how_to_go_on()}", file=sys.stderr)
-            sys.exit(status)
-        policy, *others = self.trained
-        if self._saved != self.iteration:  # the time was up
-            self.save()
+        _, *others = self.trained
         result = self.evaluate("after")
         more = {name: self.success_rate(self.trained[name], args.final_eval_episodes, f"evaluation of {name}") for name in others}
         for name, evaluation in more.items():
             self.writer.add_scalar(f"eval/success_{name}", evaluation.rate, self.iteration)
         self.save()
-        self.writer.close()
-        outcome = ("success", "interval", "episodes")
-        write_json(self.folder / "result.json", dict(
-            command=command_line(), commit=commit(), algorithm=f"{self.algorithm}_{self.policy_type}",
-            env_id=args.env_id, obs_mode=args.obs_mode, seed=args.seed, checkpoint=self.checkpoint, iterations=self.iteration,
-            env_steps=self.env_steps, training_minutes=self.trained_s / 60,
-            parameters_trained=sum(p.numel() for group in self.optimizer.param_groups for p in group["params"]),
-            peak_memory_gb=self.peak_gb, lost_episodes=self.lost, bad_updates=self.bad_updates, **facts,
-            before={name: self.curve[0][name] for name in outcome}, after={name: self.curve[-1][name] for name in outcome},
-            **{f"after_{name}": dict(success=e.rate, interval=e.interval, episodes=len(e.success)) for name, e in more.items()},
-            versions=dict(torch=torch.__version__, python=sys.version.split()[0]), args=asdict(args), curve=self.curve,
-        ))
+        self._close(
+            checkpoint=self.checkpoint, env_steps=self.env_steps, lost_episodes=self.lost, **facts,
+            before={name: self.curve[0][name] for name in OUTCOME}, after={name: self.curve[-1][name] for name in OUTCOME},
+            **{f"after_{name}": evaluation.outcome for name, evaluation in more.items()}, curve=self.curve,
+        )
         made, film = f"checkpoints, curve.png and result.json in {self.folder}", f"videos/{self.folder.name}.mp4"
         if args.video:
             try:
@@ -299,7 +396,6 @@ class Run:
             except envs.EnvError as error:  # what has been measured stands
                 made += f"; no video: {error}"
         self.venv.close()
-        os.close(HELD.pop(self.folder.resolve()))
         print(made)
         also = "".join(f"; {name}: {evaluation}" for name, evaluation in more.items())
         before, (low, high) = 100 * self.curve[0]["success"], self.curve[0]["interval"]
@@ -323,51 +419,16 @@ class Run:
         result = self.success_rate(next(iter(self.trained.values())), episodes, f"evaluation {when}".strip())
         again = self.iteration, len(result.success)  # of a run that was stopped before it told of its result
         self.curve = [point for point in self.curve if (point["iteration"], point["episodes"]) != again]
-        self.curve.append(dict(iteration=self.iteration, env_steps=self.env_steps, minutes=self.trained_s / 60, success=result.rate,
-                               interval=result.interval, episodes=len(result.success)))
+        self.curve.append(dict(iteration=self.iteration, env_steps=self.env_steps, minutes=self.trained_s / 60, **result.outcome))
         self.writer.add_scalar("eval/success", result.rate, self.iteration)
         return result
 
     def save(self) -> None:
-        """Write all that --resume needs, and the curve's picture."""
-        args = self.args
-        base = self.checkpoint if policies.layouts.is_hub_id(self.checkpoint) else Path(self.checkpoint).name
-        made = dict(base=base, iteration=self.iteration, env_steps=self.env_steps, seed=args.seed, **self.origin)
-        for index, policy in enumerate(self.trained.values()):
-            entry = dict(made)
-            if index == 0 and self.curve[-1]["iteration"] == self.iteration:  # it has been evaluated as it is now
-                entry |= {name: self.curve[-1][name] for name in ("success", "interval", "episodes")}
-            others = {name: value for name, value in policy.meta.items() if name != self.algorithm}  # the newest comes last
-            policy.meta = others | {"execute": self.execute, "num_steps": args.num_steps, self.algorithm: entry}
-            if args.env_options:
-                policy.meta["env_options"] = list(args.env_options)
-        progress = {field.name: getattr(self, field.name) for field in fields(checkpoints.Progress)}
-        checkpoints.save(self.folder, self.trained, self.optimizer, self.rng, progress, self.unsaved, self.memory, args.keep)
-        self._saved, self._saved_at = self.iteration, time.time()
-        plot_curve(self.curve, self.folder / "curve.png", f"{args.env_id} ({args.obs_mode}), seed {args.seed}")
-
-    def _how_to_go_on(self) -> str:
-        return f"go on with --resume {shlex.quote(str(self.folder))}"
-
-    def _alone(self) -> None:
-        """Hold the run's folder until the program ends. Raises RunError where another one does, whose files this would remove."""
-        if (folder := self.folder.resolve()) in HELD:  # by this very process
-            return
-        HELD[folder] = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(HELD[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(HELD.pop(folder))
-            raise RunError(f"another process is training in {self.folder}: wait for it, or stop it") from None
-        except OSError:  # a file system without locks
-            pass
-
-    def _stop(self, number: int, frame: Any) -> None:
-        """The first signal ends the run after the iteration that it comes in; a second one, or one outside of them, ends it now."""
-        if not self._in_iteration or self._stopped:
-            raise KeyboardInterrupt(self._how_to_go_on(), number)
-        self._stopped = signal.Signals(number)
-        tqdm.write(f"{self._stopped.name}: ending this iteration, then saving (once more: stop at once)")
+        """As every training's, and the curve's picture."""
+        self.facts["env_steps"] = self.env_steps
+        point = self.curve[-1]
+        super().save(**({name: point[name] for name in OUTCOME} if point["iteration"] == self.iteration else {}))
+        plot_curve(self.curve, self.folder / "curve.png", f"{self.args.env_id} ({self.args.obs_mode}), seed {self.args.seed}")
 
 
 # --------------------------------------------------------------------------------------------------- what others need of this
@@ -491,7 +552,7 @@ def run_name(algorithm: str, policy_type: str, args: TaskArgs) -> str:
     return f"{label}-{task_name(args)}-{args.obs_mode}-{args.seed}-{int(time.time())}"
 
 
-def open_logs(folder: Path, args: TrainArgs, purge_step: int | None = None) -> SummaryWriter:
+def open_logs(folder: Path, args: RunArgs, purge_step: int | None = None) -> SummaryWriter:
     """TensorBoard's log in a run's folder, and with --track Weights & Biases beside it, the arguments in both.
 
     purge_step: the first step that this run logs, where it goes on with one that came further than its last checkpoint.

@@ -553,6 +553,8 @@ def time_embedding(t: Tensor, width: int, min_period: float, max_period: float) 
     return torch.cat((angle.sin(), angle.cos()), dim=-1)
 
 
-def sample_time(shape: int | tuple[int, ...], device: torch.device | str | None = None) -> Tensor:
+def sample_time(
+    shape: int | tuple[int, ...], device: torch.device | str | None = None, generator: torch.Generator | None = None
+) -> Tensor:
     """Training times from Beta(1.5, 1) * 0.999 + 0.001; Beta(a, 1) is u^(1 / a) for uniform u."""
-    return torch.rand(shape, device=device) ** (1 / 1.5) * 0.999 + 0.001
+    return torch.rand(shape, device=device, generator=generator) ** (1 / 1.5) * 0.999 + 0.001
