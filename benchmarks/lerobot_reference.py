@@ -26,10 +26,15 @@ REQUIREMENTS = (*OURS, "transformers==5.5.4", "draccus")
 """what lerobot's two networks, our policies and the benchmarks need, and no more"""
 
 
+def own_requirements() -> list[str]:
+    """What this project needs."""
+    own = re.search(r"^dependencies = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)[1]
+    return re.findall(r'"(.+?)"', own)
+
+
 def whole_lerobot() -> tuple[str, ...]:
     """What lerobot's policies and its evaluation need, and this project: lerobot's ranges, but for torch and torchvision."""
-    own = re.search(r"^dependencies = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)[1]
-    return (*REQUIREMENTS, *re.findall(r'"(.+?)"', own), "torchvision", "numpy<2.3", "draccus<0.12", "einops<0.9", "datasets<5",
+    return (*REQUIREMENTS, *own_requirements(), "torchvision", "numpy<2.3", "draccus<0.12", "einops<0.9", "datasets<5",
             "pandas<3", "pyarrow", "av<16", "jsonlines", "opencv-python-headless<4.14", "huggingface-hub<2", "termcolor")
 
 

@@ -131,8 +131,7 @@ class Environments:
         if self.cfg.is_eval:
             seeds = envs.EVAL_SEED + self.offset * n + np.arange(n)
         obs, _ = self.venv.reset(seed=seeds)
-        self.over, self.lost = np.zeros((2, n), bool)
-        self.length = np.zeros(n, int)
+        self.over, self.length = np.zeros(n, bool), np.zeros(n, int)
         return self.shown(obs), {}
 
     def update_reset_state_ids(self) -> None:
@@ -141,13 +140,12 @@ class Environments:
     def chunk_step(self, chunk: torch.Tensor) -> tuple[list, torch.Tensor, torch.Tensor, torch.Tensor, list]:
         """Execute chunks (N, C, A): observations after them, rewards, terminations and truncations (N, C), and infos."""
         obs, _, terminated, truncated, info = self.venv.step(np.asarray(chunk))
-        ends = np.where(self.over, 0, np.maximum(info["steps"] - 1, 0))[:, None]  # (N, 1) at which step, if it is over now
-        success, lost, places = info["success"], info["lost"] & ~self.over, np.arange(chunk.shape[1])
-        outcome = np.where(lost, -1.0, success & terminated & ~self.over)[:, None]
+        places, ends = np.arange(chunk.shape[1]), np.maximum(info["steps"] - 1, 0)[:, None]  # (C,), (N, 1) the last step of each
+        outcome = np.where(info["lost"], -1.0, info["success"])[:, None] * ~self.over[:, None]
         rewards = np.where(places == ends, outcome, 0.0)
         self.over, self.length = self.over | terminated | truncated, self.length + info["steps"]
         terminations, truncations = ((places >= ends) & flag[:, None] for flag in (terminated, truncated & ~terminated))
-        episode = dict(success_once=success, episode_len=self.length.astype(np.float32))
+        episode = dict(success_once=info["success"], episode_len=self.length.astype(np.float32))
         infos = {"episode": {name: torch.from_numpy(value.copy()) for name, value in episode.items()}}
         rewards = torch.from_numpy(rewards.astype(np.float32))
         return [self.shown(obs)], rewards, torch.from_numpy(terminations), torch.from_numpy(truncations), [infos]
@@ -205,8 +203,8 @@ class StepNFT(EmbodiedNFTFSDPPolicy):
         rollout = {name: materialize_tensor(tensor).cpu() for name, tensor in self.rollout.items()}
         if self._rank == 0:
             policy = load(self.cfg.actor.model, self.torch_dtype, "cpu")
-            for name, part in (("policy", weights), ("rollout_policy", rollout)):
-                policy.load_state_dict({key.removeprefix("policy."): tensor for key, tensor in part.items()}, strict=False)
+            for name, part in (("policy", weights), ("rollout_policy", weights | rollout)):
+                policy.load_state_dict({key.removeprefix("policy."): tensor for key, tensor in part.items()})
                 policies.save(policy, os.path.join(save_path, name))
 
     def load_checkpoint(self, load_path: str) -> None:
