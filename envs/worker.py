@@ -76,8 +76,10 @@ class Worker:
         """A new process, in the place of one that has died if there was one; its first answer is `(facts, tasks)`."""
         self.pipe, end = Pipe()
         # lavapipe and OpenMP read their thread counts when they are loaded: hand them down, unless the user has set them.
-        threads = {name: str(self.threads) for name in ("OMP_NUM_THREADS", "LP_NUM_THREADS") if name not in os.environ}
-        self.process = child.start(__name__, end.fileno(), self.memory, env=threads)
+        # lavapipe's are helpers. With none it draws where it is called, which is cheaper than to wait for a single one.
+        threads = dict(OMP_NUM_THREADS=self.threads, LP_NUM_THREADS=self.threads if self.threads > 1 else 0)
+        env = {name: str(number) for name, number in threads.items() if name not in os.environ}
+        self.process = child.start(__name__, end.fileno(), self.memory, env=env)
         end.close()
         try:
             self.send("create", (self.spec, self.slots, self.num_envs, self.threads))

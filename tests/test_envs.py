@@ -29,8 +29,9 @@ try:
 except vulkan.DriverError as error:
     pytest.skip(str(error), allow_module_level=True)
 import sapien  # noqa: E402 (the driver is chosen before)
+from mani_skill.envs.utils.observations import parse_obs_mode_to_struct  # noqa: E402
 
-from pi_stepnft.envs.maniskill import shaders  # noqa: E402
+from pi_stepnft.envs.maniskill import fast_info, shaders  # noqa: E402
 
 STATE = dict(obs_mode="state", backend="cpu")
 
@@ -136,6 +137,47 @@ def test_states_and_grasps_are_those_of_maniskills_own_step(env_id, pick):
             grasped.append(info[next(name for name in info if "grasped" in name)].item())
     assert terminated and any(grasped) and not all(grasped)
     theirs.close()
+
+
+@pytest.mark.parametrize("env_id", ["PickCube-v1", *(
+    pytest.param(env_id, marks=pytest.mark.slow) for env_id in experts.available() if env_id != "PickCube-v1")])
+def test_what_is_told_without_torch_is_what_maniskill_tells(env_id, pick, monkeypatch):
+    """Observations, to the last bit, with and without pictures; success is told of no scene that is far from it."""
+    env = pick if env_id == "PickCube-v1" else maniskill.ManiSkillEnv(ManiSkillSpec(env_id, obs_mode="state"))
+    base, known = env.base, env._known
+    assert type(known).__name__ + "-v1" == env_id
+    far, success = [], []
+    for seed in range(3):
+        env.reset(seed)
+        expert, rng = env.expert(), np.random.default_rng(seed)
+        expert.reset()
+        for _ in range(30):
+            env.step(np.clip(expert.act() + rng.normal(0, 0.1, 7), -1, 1).astype(np.float32)[None])
+            info = base.get_info()
+            far.append(known.is_far())
+            success.append(info["success"].item())
+            assert env.success == success[-1] and not (success[-1] and far[-1])
+            np.testing.assert_array_equal(observe(env)[1], maniskill.state_vector(base, info)[0].numpy())
+            with monkeypatch.context() as patch:
+                patch.setattr(base, "_obs_mode", "rgb")
+                patch.setattr(base, "obs_mode_struct", parse_obs_mode_to_struct("rgb"))
+                seen = np.concatenate([np.ravel(part) for part in known.extra()], dtype=np.float32)
+                parts = [part.numpy().ravel() for part in base._get_obs_extra(info).values()]
+                np.testing.assert_array_equal(seen, np.concatenate(parts, dtype=np.float32))
+    assert any(success) and sum(far) > 10 and not all(far)
+
+
+def test_a_task_or_robot_that_is_not_the_known_one_is_asked_itself(pick):
+    cls = type(pick.base)
+
+    def known(agent=pick.base.agent, **methods) -> fast_info.Known | None:
+        task = object.__new__(type("Own", (cls,), methods))
+        task.agent = agent
+        return fast_info.known(task)
+
+    own = lambda self, *_: {}
+    assert isinstance(known(), fast_info.PickCube) and known(agent=SimpleNamespace()) is None
+    assert known(evaluate=own) is known(_get_obs_extra=own) is known(get_info=own) is None
 
 
 def test_the_dense_reward_is_maniskills_summed_over_the_chunk(solved):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import gymnasium as gym
@@ -114,16 +116,15 @@ def instructions_of(base, spec: ManiSkillSpec) -> list[str]:
     return [told] * base.num_envs if isinstance(told, str) else list(told)
 
 
-def _leaves(tree) -> list[torch.Tensor]:
-    """The leaves of a nested dict of (B, …) tensors, in order, as (B, S_i) float32."""
-    if isinstance(tree, dict):
-        return [leaf for value in tree.values() for leaf in _leaves(value)]
-    return [torch.as_tensor(tree).reshape(len(tree), -1).float()]
+def _leaves(tree) -> list:
+    """The leaves of a nested dict, in order."""
+    return [leaf for value in tree.values() for leaf in _leaves(value)] if isinstance(tree, dict) else [tree]
 
 
 def state_vector(base, info: dict) -> torch.Tensor:
-    """(B, S): proprioception and task extras; with object poses only in obs_mode "state"."""
-    return torch.cat(_leaves(base._get_obs_agent()) + _leaves(base._get_obs_extra(info)), dim=1)
+    """(B, S) float32: proprioception and task extras; with object poses only in obs_mode "state"."""
+    parts = _leaves(base._get_obs_agent()) + _leaves(base._get_obs_extra(info))
+    return torch.cat([torch.as_tensor(part).reshape(len(part), -1).float() for part in parts], dim=1)
 
 
 def renew_physics(base) -> None:
@@ -169,21 +170,30 @@ class ManiSkillEnv(Environment):
             self.env = create(spec, 1, "cpu")
             self.base = self.env.unwrapped
             self.max_episode_steps = tasks.episode_limit(spec.env_id, spec.max_episode_steps)
-            self._bound = self._set_action = None
+            self._bound = self._set_action = self._known = None
             self.action_space = self.base.single_action_space
             self.reset(0)
             self.cameras = cameras_of(self.base, spec)
             self.state_dim = state_vector(self.base, self.info).shape[1]
 
     def _bind(self) -> None:
-        """Take the fast controller and grasp check into use for the current agent."""
-        from pi_stepnft.envs.maniskill import fast_control
+        """Take into use what is faster than ManiSkill's own code and knows the current agent and task."""
+        from pi_stepnft.envs.maniskill import fast_control, fast_info
 
         self._bound = agent = self.base.agent
         if self.spec.fast_control:
+            self._known = fast_info.known(self.base)
             self._set_action = fast_control.make_set_action(agent)
             if is_grasping := fast_control.make_is_grasping(agent):
                 agent.is_grasping = is_grasping
+
+    @contextlib.contextmanager
+    def _mode(self) -> Iterator[None]:
+        """What the simulator runs in."""
+        from pi_stepnft.envs.maniskill.fast_info import lean_poses
+
+        with torch.inference_mode(), lean_poses(self.spec.fast_control):
+            yield
 
     def reset(self, seed: int) -> None:
         """Start the episode that belongs to `seed`: what follows is a function of it and of the actions alone."""
@@ -191,7 +201,7 @@ class ManiSkillEnv(Environment):
         from pi_stepnft.envs.maniskill.shaders import lean_shaders
 
         # Some tasks build a new scene for every episode.
-        with torch.inference_mode(), light_meshes(self.spec.mesh_keep), lean_shaders(self._software):
+        with self._mode(), light_meshes(self.spec.mesh_keep), lean_shaders(self._software):
             if self.base.reconfiguration_freq != 1:  # otherwise ManiSkill is about to build the scene anew
                 renew_physics(self.base)
             obs_mode, self.base._obs_mode = self.base._obs_mode, "none"  # nobody reads this observation: do not render it
@@ -201,7 +211,7 @@ class ManiSkillEnv(Environment):
                 self.base._obs_mode = obs_mode
             if self._bound is not self.base.agent:
                 self._bind()
-            self.info = self.base.get_info()
+            self._info = None if self._known else self.base.get_info()
             self.instruction = instructions_of(self.base, self.spec)[0]
         self.steps = 0
         self.success = False
@@ -209,17 +219,25 @@ class ManiSkillEnv(Environment):
     def step(self, chunk: np.ndarray) -> tuple[float, bool, bool, int]:
         """Execute up to n actions (n, A); stop at success, failure or the limit. Returns (reward, terminated, truncated, steps)."""
         reward, terminated, before = 0.0, False, self.steps
-        with torch.inference_mode():
+        with self._mode():
             for action in chunk:
                 self._control_step(action)
                 self.steps += 1
-                self.info = self.base.get_info()
-                self.success = bool(self.info.get("success", False))
-                terminated = self.success or bool(self.info.get("fail", False))
+                self._info = None
+                outcome = {} if self._known and self._known.is_far() else self.info
+                self.success = bool(outcome.get("success", False))
+                terminated = self.success or bool(outcome.get("fail", False))
                 reward += self._reward(action)
                 if terminated or self.steps >= self.max_episode_steps:
                     break
         return reward, terminated, not terminated and self.steps >= self.max_episode_steps, self.steps - before
+
+    @property
+    def info(self) -> dict:
+        """What the task tells of the scene as it is: its `get_info()`."""
+        if self._info is None:
+            self._info = self.base.get_info()
+        return self._info
 
     def _control_step(self, action: np.ndarray) -> None:
         """One control period: set the action's targets, then step the physics."""
@@ -234,7 +252,7 @@ class ManiSkillEnv(Environment):
                 base.scene.step()
                 base._after_simulation_step()
             base._after_control_step()
-        base._elapsed_steps += 1
+        base._elapsed_steps.numpy()[:] += 1  # in its own memory, without a torch operation
 
     def _reward(self, action: np.ndarray) -> float:
         if self.spec.reward_mode == "sparse":
@@ -247,8 +265,10 @@ class ManiSkillEnv(Environment):
 
     def observe(self, image: np.ndarray, state: np.ndarray) -> None:
         """Write the current observation into `image` uint8 (cameras, H, W, 3) and `state` float32 (S,)."""
-        with torch.inference_mode():
-            state[:] = state_vector(self.base, self.info)[0].numpy()
+        with self._mode():
+            extra = self._known.extra() if self._known else _leaves(self.base._get_obs_extra(self.info))
+            parts = _leaves(self.base._get_obs_agent()) + extra
+            np.concatenate([np.ravel(part) for part in parts], out=state, casting="unsafe")
             if self.cameras:
                 for i, picture in enumerate(pictures(self.base, self.cameras)):
                     image[i] = picture[0].cpu().numpy()

@@ -19,11 +19,12 @@ from mani_skill.agents.controllers.pd_joint_pos import PDJointPosMimicController
 from mani_skill.agents.robots.panda.panda import Panda
 
 
-def _axis_quaternion(angle: float, axis: int) -> sapien.Pose:
-    """Rotation by `angle` (rad) about coordinate axis 0, 1 or 2, as a pose."""
-    q = np.zeros(4, np.float32)
-    q[0], q[1 + axis] = np.cos(angle / 2), np.sin(angle / 2)
-    return sapien.Pose(q=q)
+def _turn(angles: np.ndarray) -> sapien.Pose:
+    """Rotations by angles (3,) (rad) about x, then the new y, then the new z, as a pose."""
+    q, half = np.zeros((3, 4), np.float32), angles / 2
+    q[:, 0] = np.cos(half)
+    q[0, 1], q[1, 2], q[2, 3] = np.sin(half)
+    return sapien.Pose(q=q[0]) * sapien.Pose(q=q[1]) * sapien.Pose(q=q[2])
 
 
 def _delta_pose_arm(arm: PDEEPoseController) -> Callable[[np.ndarray], None] | None:
@@ -34,6 +35,7 @@ def _delta_pose_arm(arm: PDEEPoseController) -> Callable[[np.ndarray], None] | N
     if c.frame != "root_translation:root_aligned_body_rotation":
         return None
     low, high = arm.action_space_low[:3].numpy(), arm.action_space_high[:3].numpy()
+    middle, half_range = 0.5 * (high + low), 0.5 * (high - low)
     rot_scale = np.float32(c.rot_lower)
     ik = arm.kinematics
     to_model, to_joints = ik.pmodel_active_joint_indices.numpy(), ik.pmodel_controlled_joint_indices.numpy()
@@ -43,20 +45,19 @@ def _delta_pose_arm(arm: PDEEPoseController) -> Callable[[np.ndarray], None] | N
     drive = list(arm.active_joint_indices.numpy())
 
     def set_action(action: np.ndarray) -> None:
-        delta = 0.5 * (high + low) + 0.5 * (high - low) * np.clip(action[:3], -1, 1)
+        delta = middle + half_range * np.minimum(np.maximum(action[:3], -1), 1)
         rotation = action[3:6]
-        norm = np.linalg.norm(rotation)
+        norm = np.sqrt(rotation.dot(rotation))
         rotation = rotation * (rot_scale if norm <= 1 else rot_scale / norm)
         current = root.entity_pose.inv() * ee.entity_pose
-        turn = _axis_quaternion(rotation[0], 0) * _axis_quaternion(rotation[1], 1) * _axis_quaternion(rotation[2], 2)
-        target = sapien.Pose(current.p + delta, (turn * sapien.Pose(q=current.q)).q)
+        target = sapien.Pose(current.p + delta, (_turn(rotation) * sapien.Pose(q=current.q)).q)
         qpos = articulation.qpos
         result, success, _ = ik.pmodel.compute_inverse_kinematics(
             ik.end_link_idx, target, initial_qpos=qpos[to_model], active_qmask=free_joints, max_iterations=100
         )
         # ManiSkill holds the current joint positions where the solver finds none.
         goal = np.asarray(result, np.float32)[to_joints] if success else qpos[drive]
-        for joint, q in zip(joints, goal, strict=True):
+        for joint, q in zip(joints, goal.tolist(), strict=True):
             joint.set_drive_target(q)
 
     return set_action

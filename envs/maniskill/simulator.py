@@ -44,7 +44,7 @@ class ManiSkillSpec(base.Spec):
     mesh_keep: Annotated[float, Field(gt=0, le=1)] = 0.06
     """Share of the robot's visual triangles that software rendering keeps (1: all)."""
     fast_control: bool = True
-    """Use the NumPy controller where it reproduces the simulator's own."""
+    """Use the controller, success check and observation without torch, where they reproduce the simulator's own."""
     module: str | None = None
     """What a worker imports first: the module that registers the task. Default: the one in the id, or that of the task's class."""
     kwargs: dict = field(default_factory=dict)
