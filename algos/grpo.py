@@ -157,6 +157,7 @@ def main(args: Args) -> None:
 
     # Policy θ, which acts itself
     policy = run.load_policy()
+    run.divide(policy)
     parameters = [p for p in policy.parameters() if p.requires_grad]
     fused = device.type == "cuda"  # no temporary copies
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, betas=(0.9, 0.95), eps=1e-5, fused=fused)  # as StepNFT's
@@ -171,13 +172,12 @@ def main(args: Args) -> None:
         # ---------------------------------------------------------------------- rollout: one noisy solver step per chunk
         batches, prefixes = [], run.prefixes()
         rollout = run.rollout(run.rng.integers(envs.TRAIN_SEEDS, size=E // G).repeat(G))  # G episodes from each initial state
-        policy.eval()
-        with torch.inference_mode():
+        with run.acting(policy) as acting:
             for turn in rollout:  # the next chunk of the episodes that are still running
                 *inputs, state = policy.processor(turn.obs, turn.instructions)
-                prefix = policy.encode_prefix(*inputs)
+                prefix = acting.encode_prefix(*inputs)
                 step = turn.integers(K)
-                x, log_probs = flow_sde_sample(policy, prefix, state, step, turn.noise(K + 1), **solver, mask=run.mask)
+                x, log_probs = flow_sde_sample(acting, prefix, state, step, turn.noise(K + 1), **solver, mask=run.mask)
                 prefixes.remember(inputs, prefix)
                 batches.append(Chunks(state, x, step, log_probs, turn.episode))
                 turn.act(policy.processor.unnormalize_actions(x[:, -1, : run.execute], turn.obs["state"]))
@@ -185,37 +185,33 @@ def main(args: Args) -> None:
 
         # ---------------------------------------------------------------------- advantages
         chunks = Chunks(*map(torch.cat, zip(*batches)))
-        success, lost, group = rollout.success, rollout.lost, np.arange(E) // G  # (E,)
+        success, lost, group = rollout.success, rollout.lost, np.arange(len(rollout.seeds)) // G  # (E,), this rank's
         group[lost] = -1 - np.flatnonzero(lost)  # nobody is compared with a lost episode, nor learns from it
         episode = chunks.episode.numpy()
-        advantages, keep = (each[episode] for each in group_advantages(success, group))  # the same for all chunks of an episode
-        used = torch.from_numpy(np.flatnonzero(keep)).to(device)  # (M,) chunks to learn from
+        advantages, keep = (each[episode] for each in group_advantages(success, group))  # (M,) of the chunks, by episode
         advantages = torch.from_numpy(advantages).float().to(device)
-        M = len(used)
 
         # ---------------------------------------------------------------------- update θ
         policy.train()
         losses = harness.Averages()
         for parameter_group in optimizer.param_groups:
             parameter_group["lr"] = args.learning_rate * min(1.0, (iteration + 1) / max(1, args.warmup_iterations))
-        for _ in range(args.update_epochs if M else 0):  # nothing to learn from where no group has contrast
-            for minibatch in torch.randperm(M, device=device).chunk(args.num_minibatches):
+        for _ in range(args.update_epochs):
+            for minibatch in run.minibatches(keep):  # none where no group has contrast
                 optimizer.zero_grad()
-                for mb in minibatch.split(args.micro_batch or M):  # the loss is a mean over chunks, so are the gradients
-                    row, step = used[mb], chunks.step[used[mb]]  # (b,)
+                for row, share in minibatch:  # the loss is a mean over chunks, so are the gradients
+                    step = chunks.step[row]  # (b,)
                     x_t, x_next = chunks.x[row, step], chunks.x[row, step + 1]  # (b, H, A)
                     prefix = prefixes.recall(policy, row)
                     v = policy.velocity(prefix, chunks.state[row], x_t, 1 - step / K).float()
                     log_probs = log_prob(x_next, *flow_sde_step(x_t, v, step, **solver), run.mask)
                     loss, metrics = grpo_loss(log_probs, chunks.log_prob[row], advantages[row], clip=args.clip)
-                    share = len(mb) / len(minibatch)
                     (share * loss).backward()
                     losses.add({**metrics, "loss": loss.detach()}, share)
                 if run.clip_gradients(losses, grad_norm=parameters):
                     optimizer.step()
 
-        advantage_mean = advantages[used].mean().item() if M else 0.0
-        run.log(rollout, losses, signal=keep.mean(), advantage_mean=advantage_mean)
+        run.log(rollout, losses, signal=keep, advantage_mean=advantages[torch.from_numpy(keep)])
         run.evaluate_and_save_when_due()
     run.finish(forward_passes=1)  # velocities of a chunk in one pass of the update
 

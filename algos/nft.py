@@ -163,6 +163,7 @@ def main(args: Args) -> None:
     # Policy θ and rollout policy θ_old, which share what is frozen
     policy = run.load_policy()
     rollout_policy = copy.deepcopy(policy, {id(p): p for p in policy.parameters() if not p.requires_grad})
+    run.divide(policy, rollout_policy)
     parameters, rollout_parameters = ([p for p in w.parameters() if p.requires_grad] for w in (policy, rollout_policy))
     fused = device.type == "cuda"  # no temporary copies
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, betas=(0.9, 0.95), eps=1e-5, fused=fused)  # as StepNFT's
@@ -176,12 +177,11 @@ def main(args: Args) -> None:
         # ---------------------------------------------------------------------- rollout: act with θ_old by the ODE, remember chunks
         batches, prefixes = [], run.prefixes()
         rollout = run.rollout(run.rng.integers(envs.TRAIN_SEEDS, size=E // G).repeat(G))  # G episodes from each initial state
-        rollout_policy.eval()
-        with torch.inference_mode():
+        with run.acting(rollout_policy) as acting:
             for turn in rollout:  # the next chunk of the episodes that are still running
                 *inputs, state = policy.processor(turn.obs, turn.instructions)
-                prefix = rollout_policy.encode_prefix(*inputs)
-                x_0 = rollout_policy.sample(prefix, state, turn.noise(1)[:, 0], num_steps=K)
+                prefix = acting.encode_prefix(*inputs)
+                x_0 = acting.sample(prefix, state, turn.noise(1)[:, 0], num_steps=K)
                 prefixes.remember(inputs, prefix)
                 batches.append(Chunks(state, x_0, turn.episode, turn.number))
                 turn.act(policy.processor.unnormalize_actions(x_0[:, : run.execute], turn.obs["state"]))
@@ -189,30 +189,28 @@ def main(args: Args) -> None:
 
         # ---------------------------------------------------------------------- optimality
         chunks = Chunks(*map(torch.cat, zip(*batches)))
-        success, lost, group = rollout.success, rollout.lost, np.arange(E) // G  # (E,)
+        success, lost, group = rollout.success, rollout.lost, np.arange(len(rollout.seeds)) // G  # (E,), this rank's
         group[lost] = -1 - np.flatnonzero(lost)  # nobody is compared with a lost episode
         episode, turn = chunks.episode.numpy(), chunks.turn.numpy()
         optimality, keep = chunk_optimality(success, group, episode, turn, args.labels)
-        keep &= ~lost[episode]
-        used = torch.from_numpy(np.flatnonzero(keep)).to(device)  # (M,) chunks to learn from
-        optimality = torch.from_numpy(optimality).float().to(device)
-        M = len(used)
+        keep &= ~lost[episode]  # (M,) chunks to learn from
+        optimality, M = torch.from_numpy(optimality).float().to(device), len(optimality)
 
         # ---------------------------------------------------------------------- update θ
         policy.train()
         losses = harness.Averages()
         for parameter_group in optimizer.param_groups:
             parameter_group["lr"] = args.learning_rate * min(1.0, (iteration + 1) / max(1, args.warmup_iterations))
-        for _ in range(args.update_epochs if M else 0):  # nothing to learn from where no group has contrast
+        for _ in range(args.update_epochs):
             noises = torch.randn(M, args.draws, *run.mask.shape, device=device)  # (M, n, H, A)
             if args.times == "flow":
                 times = sample_time((M, args.draws), device)  # (M, n)
             else:
                 times = torch.randint(1, K + 1, (M, args.draws), device=device) / K
-            for minibatch in torch.randperm(M, device=device).chunk(args.num_minibatches):
+            for minibatch in run.minibatches(keep):  # none where no group has contrast
                 optimizer.zero_grad()
-                for mb in minibatch.split(args.micro_batch or M):  # the loss is a mean over chunks, so are the gradients
-                    row, noise, t = used[mb], noises[mb], times[mb]  # (b,), (b, n, H, A), (b, n): n draws share a prefix
+                for row, share in minibatch:  # the loss is a mean over chunks, so are the gradients
+                    noise, t = noises[row], times[row]  # (b, n, H, A), (b, n): n draws share a prefix
                     x_0, state, r = chunks.x_0[row, None], chunks.state[row], optimality[row, None]  # (b, 1, H, A), (b, S), (b, 1)
                     x_t = (1 - t[..., None, None]) * x_0 + t[..., None, None] * noise  # the forward process
                     prefix = prefixes.recall(policy, row)
@@ -224,7 +222,6 @@ def main(args: Args) -> None:
                     v_theta, v_old, target_v, r, t = (each.flatten(0, 1) for each in points)  # (b · n, …)
                     adaptive = t if args.weighting == "adaptive" else None
                     loss, metrics = nft_loss(v_theta, v_old, target_v, r, beta=args.beta, t=adaptive, mask=run.mask)
-                    share = len(mb) / len(minibatch)
                     (share * loss).backward()
                     losses.add({**metrics, "loss": loss.detach()}, share)
                 if run.clip_gradients(losses, grad_norm=parameters):
@@ -234,8 +231,7 @@ def main(args: Args) -> None:
         alpha = ema_decay(iteration, args.ema_start, args.ema_end, args.ema_horizon)
         update_rollout_policy(rollout_parameters, parameters, alpha)
 
-        optimality_mean = optimality[used].mean().item() if M else 0.5
-        run.log(rollout, losses, signal=keep.mean(), optimality_mean=optimality_mean, ema_decay=alpha)
+        run.log(rollout, losses, signal=keep, optimality_mean=optimality[torch.from_numpy(keep)], ema_decay=alpha)
         run.evaluate_and_save_when_due()
     run.finish(forward_passes=2 * args.draws)  # velocities of a chunk in one pass of the update: θ's, and θ_old's without gradient
 

@@ -283,6 +283,7 @@ def main(args: Args) -> None:
 
     # Policy, value head and, for Flow-Noise, noise network
     policy, noise_head = run.load_policy(), None
+    run.divide(policy)
     value_head = ValueHead(policy.critic_width).to(device)
     if args.noise == "learned":
         c = policy.config
@@ -301,16 +302,16 @@ def main(args: Args) -> None:
 
     for iteration in run.iterations():
         # ---------------------------------------------------------------------- rollout: one noisy solver step per chunk
-        batches, prefixes, last_values = [], run.prefixes(), np.zeros(E)
+        batches, prefixes = [], run.prefixes()
         rollout = run.rollout(run.rng.integers(envs.TRAIN_SEEDS, size=E), observe_cut=args.bootstrap)
-        policy.eval()
-        with torch.inference_mode():
+        last_values = np.zeros(len(rollout.seeds))
+        with run.acting(policy) as acting:
             for turn in rollout:  # the next chunk of the episodes that are still running
                 *inputs, state = policy.processor(turn.obs, turn.instructions)
-                prefix = policy.encode_prefix(*inputs)
+                prefix = acting.encode_prefix(*inputs)
                 step = turn.integers(K)[:, None] if noise_head is None else torch.arange(K, device=device).expand(len(state), K)
                 path = step, turn.noise(K + 1)
-                x, log_probs, values = flow_sde_sample(policy, value_head, noise_head, prefix, state, *path, run.mask, **solver)
+                x, log_probs, values = flow_sde_sample(acting, value_head, noise_head, prefix, state, *path, run.mask, **solver)
                 if turn.cut:  # their last observation's value is that of one more chunk, never executed
                     last_values[turn.episode] = values.cpu()
                     continue
@@ -327,10 +328,11 @@ def main(args: Args) -> None:
         tables = gae(rollout.rewards, values, valid > 0, rollout.terminated, last_values, gamma=args.gamma,
                      gae_lambda=args.gae_lambda)
         advantages, returns = (torch.from_numpy(table[episode, turn]).float().to(device) for table in tables)
-        used = torch.from_numpy(np.flatnonzero(~rollout.lost[episode])).to(device)  # (M,) chunks to learn from
-        if args.normalize_advantages:
-            advantages = (advantages - advantages[used].mean()) / (advantages[used].std(correction=0) + 1e-8)
-        M = len(used)
+        keep = ~rollout.lost[episode]  # (M,) chunks to learn from
+        used = torch.from_numpy(keep).to(device)
+        if args.normalize_advantages:  # over all ranks
+            advantages = advantages - run.mean(advantages[used])
+            advantages = advantages / (run.mean(advantages[used] ** 2) ** 0.5 + 1e-8)
 
         # ---------------------------------------------------------------------- update
         policy.train()
@@ -338,11 +340,11 @@ def main(args: Args) -> None:
         warming = iteration < args.critic_warmup
         ramp = (iteration + 1 - args.critic_warmup) / max(1, args.warmup_iterations)
         optimizer.param_groups[0]["lr"] = args.learning_rate * min(1.0, max(0.0, ramp))
-        for _ in range(args.update_epochs if M else 0):
-            for minibatch in torch.randperm(M, device=device).chunk(args.num_minibatches):
+        for _ in range(args.update_epochs):
+            for minibatch in run.minibatches(keep):
                 optimizer.zero_grad()
-                for mb in minibatch.split(args.micro_batch or M):  # the loss is a mean over chunks, so are the gradients
-                    row, step = used[mb], chunks.step[used[mb]]  # (b,), (b, n): n noisy steps per chunk, which share its prefix
+                for row, share in minibatch:  # the loss is a mean over chunks, so are the gradients
+                    step = chunks.step[row]  # (b, n): n noisy steps per chunk, which share its prefix
                     x_t, x_next = (chunks.x[row[:, None], i] for i in (step, step + 1))  # (b, n, H, A)
                     prefix = prefixes.recall(policy, row)
                     _, mean, std, new_values = actor_critic(
@@ -356,15 +358,15 @@ def main(args: Args) -> None:
                         loss = loss - args.entropy_coef * log_std  # a Gaussian's entropy, but for a constant
                         metrics["noise_std"] = log_std.detach().exp()
                     critic_loss = value_loss(new_values, chunks.value[row], returns[row], clip=args.value_clip)
-                    share = len(mb) / len(minibatch)
                     (share * (critic_loss if warming else loss + critic_loss)).backward()
                     losses.add({**metrics, "value": critic_loss.detach()}, share)
                 if run.clip_gradients(losses, grad_norm=actor, value_grad_norm=critic):
                     optimizer.step()
 
         value, target = chunks.value[used], returns[used]
-        explained = 1 - ((target - value).var() / target.var().clamp(min=1e-8)).item()
-        run.log(rollout, losses, value_mean=value.mean(), return_mean=target.mean(), explained_variance=explained)
+        variance = lambda x: run.mean((x - run.mean(x)) ** 2)
+        explained = 1 - variance(target - value) / max(variance(target), 1e-8)
+        run.log(rollout, losses, value_mean=value, return_mean=target, explained_variance=explained)
         run.evaluate_and_save_when_due()
     run.finish(forward_passes=K if args.noise == "learned" else 1)  # velocities of a chunk in one pass of the update
 

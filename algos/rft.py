@@ -140,6 +140,7 @@ def main(args: Args) -> None:
 
     # Policy θ, which acts itself
     policy = run.load_policy()
+    run.divide(policy)
     parameters = [p for p in policy.parameters() if p.requires_grad]
     fused = device.type == "cuda"  # no temporary copies
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, betas=(0.9, 0.95), eps=1e-5, fused=fused)  # as StepNFT's
@@ -155,12 +156,11 @@ def main(args: Args) -> None:
         # ---------------------------------------------------------------------- rollout: act with θ, remember chunks
         batches, prefixes = [], run.prefixes()
         rollout = run.rollout(run.rng.integers(envs.TRAIN_SEEDS, size=E // G).repeat(G))  # G episodes from each initial state
-        policy.eval()
-        with torch.inference_mode():
+        with run.acting(policy) as acting:
             for turn in rollout:  # the next chunk of the episodes that are still running
                 *inputs, state = policy.processor(turn.obs, turn.instructions)
-                prefix = policy.encode_prefix(*inputs)
-                x_0 = flow_sde_sample(policy, prefix, state, turn.noise(K + 1), **solver)
+                prefix = acting.encode_prefix(*inputs)
+                x_0 = flow_sde_sample(acting, prefix, state, turn.noise(K + 1), **solver)
                 prefixes.remember(inputs, prefix)
                 batches.append(Chunks(state, x_0, turn.episode))
                 turn.act(policy.processor.unnormalize_actions(x_0[:, : run.execute], turn.obs["state"]))
@@ -168,42 +168,41 @@ def main(args: Args) -> None:
 
         # ---------------------------------------------------------------------- keep what succeeded
         chunks = Chunks(*map(torch.cat, zip(*batches)))
-        success, lost, group = rollout.success, rollout.lost, np.arange(E) // G  # (E,)
+        success, lost, group = rollout.success, rollout.lost, np.arange(len(rollout.seeds)) // G  # (E,), this rank's
         group[lost] = -1 - np.flatnonzero(lost)  # nobody is compared with a lost episode
         keep = chunks_to_clone(success & ~lost, group, chunks.episode.numpy(), args.contrast)
-        used = torch.from_numpy(np.flatnonzero(keep)).to(device)  # (M,) chunks to learn from
-        M = len(used)
-        if args.replay > 1 and M:  # M of all that is kept
+        signal = keep  # (M,) chunks to learn from
+        if args.replay > 1 and keep.any():  # as many of all that is remembered
+            used = torch.from_numpy(np.flatnonzero(keep)).to(device)
             batch = prefixes[used]
-            fields = vars(batch)
-            replay.append([*fields.values(), *(each.to(device)[used] for each in chunks)])
+            fields = batch.rows()
+            replay.append([*fields, *(each.to(device)[used] for each in chunks)])
             prefixes = run.prefixes()
             for kept in replay:
-                prefixes.append(type(batch)(*kept[: len(fields)]))
+                prefixes.append(batch.from_rows(*kept[: len(fields)]))
             chunks = Chunks(*map(torch.cat, zip(*(kept[len(fields) :] for kept in replay))))
-            used = torch.randperm(len(chunks.state), device=device)[:M]
+            keep = (torch.randperm(len(chunks.state)) < len(used)).numpy()
+        M = len(keep)
 
         # ---------------------------------------------------------------------- update θ
         policy.train()
         losses = harness.Averages()
         for parameter_group in optimizer.param_groups:
             parameter_group["lr"] = args.learning_rate * min(1.0, (iteration + 1) / max(1, args.warmup_iterations))
-        for _ in range(args.update_epochs if M else 0):  # nothing to learn from where no episode succeeded
+        for _ in range(args.update_epochs):
             noises = torch.randn(M, args.draws, *run.mask.shape, device=device)  # (M, n, H, A)
             times = sample_time((M, args.draws), device)  # (M, n) as in the policy's own training
-            for minibatch in torch.randperm(M, device=device).chunk(args.num_minibatches):
+            for minibatch in run.minibatches(keep):  # none where no episode succeeded
                 optimizer.zero_grad()
-                for mb in minibatch.split(args.micro_batch or M):  # the loss is a mean over chunks, so are the gradients
-                    row = used[mb]
+                for row, share in minibatch:  # the loss is a mean over chunks, so are the gradients
                     prefix = prefixes.recall(policy, row)
-                    loss = rft_loss(policy, prefix, chunks.state[row], chunks.x_0[row], noises[mb], times[mb], mask=run.mask)
-                    share = len(mb) / len(minibatch)
+                    loss = rft_loss(policy, prefix, chunks.state[row], chunks.x_0[row], noises[row], times[row], mask=run.mask)
                     (share * loss).backward()
                     losses.add({"loss": loss.detach()}, share)
                 if run.clip_gradients(losses, grad_norm=parameters):
                     optimizer.step()
 
-        run.log(rollout, losses, signal=keep.mean())
+        run.log(rollout, losses, signal=signal)
         run.evaluate_and_save_when_due()
     run.finish(forward_passes=args.draws)  # velocities of a chunk in one pass of the update
 

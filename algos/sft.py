@@ -20,7 +20,7 @@ import torch
 
 from pi_stepnft import envs, harness, policies
 from pi_stepnft.envs import datasets, demos
-from pi_stepnft.harness import Batch, Count, CountOrZero, Positive, PositiveOrZero, Size, Text
+from pi_stepnft.harness import Batch, Count, CountOrZero, Positive, PositiveOrZero, Size, Text, ranks
 from pi_stepnft.harness.evaluation import by_ode, evaluate
 from pi_stepnft.harness.films import record
 from pi_stepnft.policies.pi0 import sample_time
@@ -95,6 +95,8 @@ def check(args: Args) -> None:
         raise harness.RunError("--train lora adapts a policy that can already do something: give --base")
     if not (args.eval_episodes or args.dataset):
         raise harness.RunError("--eval-episodes 0 needs --dataset: demonstrations are collected in the simulator")
+    if args.batch_size % ranks.SIZE:
+        raise harness.RunError(f"--batch-size {args.batch_size} must be a multiple of {ranks.SIZE}, the number of processes")
     if not args.base and args.image_size % (patch := policies.Pi0Config.tiny().patch_size):
         raise harness.RunError(f"--image-size {args.image_size} must be a multiple of {patch}, the side of a tiny policy's patch")
 
@@ -121,14 +123,15 @@ def main(args: Args) -> None:
             print(f"{args.dataset}: {data.failed} episodes are left out, which it marks as failures")
     size = f"{image_size}px-" if args.obs_mode == "rgb" else ""
     path = f"demos/{harness.task_name(args)}-{args.obs_mode}-{size}{args.demos}-noise{args.demo_noise}.h5"
-    if not (data or os.path.exists(path)):
+    known = ranks.first(lambda: os.path.exists(path))
+    if not (data or known):
         envs.simulator(args.env_id).expert(args.env_id)  # who has none is told before the simulators start
     if args.eval_episodes:  # the scripted experts' back end
-        venv = harness.make_envs(args, num_envs=args.num_envs, image_size=image_size, chunk=args.execute, backend="cpu")
-    if not data and os.path.exists(path):
+        venv = harness.make_envs(args, **ranks.share(args.num_envs), image_size=image_size, chunk=args.execute, backend="cpu")
+    if not data and known:
         data = demos.read(path, env_id=args.env_id, obs_mode=args.obs_mode)
     elif not data:
-        data = demos.collect(path, venv, args.demos, noise=args.demo_noise)
+        data = ranks.first(lambda: demos.collect(path, venv, args.demos, noise=args.demo_noise))
     if args.dataset and data.cameras:
         told = args.cameras or (venv and data.match(venv.cameras))
         print(f"cameras: {', '.join(data.cameras)}" + (f" as {', '.join(venv.cameras)}" if venv else "")
@@ -171,6 +174,7 @@ def main(args: Args) -> None:
                                    "a new run")
     policy.processor = policies.Processor(config, tokenizer, *statistics, device)
     harness.adapt(policy, args).train()
+    run.divide(policy)
     actions = policy.processor.normalize_actions(chunks, data.state)  # (N, H, A)
     state = policy.processor.normalize_state(data.state)  # (N, S)
 
@@ -219,12 +223,12 @@ def main(args: Args) -> None:
             run.lap("validation")
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * min((step + 1) / warmup, 0.5 * (1 + np.cos(np.pi * min(1, step / args.steps))))
-        rows = train[torch.randint(len(train), (args.batch_size,))]
+        rows = train[torch.randint(len(train), (args.batch_size // ranks.SIZE,))]
         noise = torch.randn(len(rows), args.draws, *actions.shape[1:], device=device)
         t = sample_time((len(rows), args.draws), device)
         optimizer.zero_grad()
         for mb in torch.arange(len(rows)).split(args.micro_batch or len(rows)):  # the loss is a mean over rows, so is its gradient
-            loss, share = flow_loss(rows[mb], noise[mb], t[mb]), len(mb) / len(rows)
+            loss, share = flow_loss(rows[mb], noise[mb], t[mb]), len(mb) / args.batch_size
             (share * loss).backward()
             losses.add({"flow": loss.detach()}, share)
         if run.clip_gradients(losses, grad_norm=parameters):
@@ -238,16 +242,18 @@ def main(args: Args) -> None:
         run.writer.add_scalar(f"losses/{name}", loss, args.steps)
     print(f"{args.env_id} ({args.obs_mode}): SFT on {trained_on} demonstrations, {run.trained_s / 60:.1f} min"
           + "".join(f", loss on {args.val_demos} others {loss:.4f}" for loss in outcome.values()))
-    policy.eval()
     if venv:
-        result = evaluate(venv, by_ode(policy, args.num_steps), args.eval_episodes, execute=args.execute, progress="evaluation")
+        with run.acting(policy) as acting:
+            act = by_ode(acting, args.num_steps)
+            result = evaluate(venv, act, args.eval_episodes, execute=args.execute, progress="evaluation")
         run.writer.add_scalar("eval/success", result.rate, args.steps)
         outcome |= result.outcome
     run.finish(**outcome)
     if args.output:
-        policies.save(policy, args.output)
+        with run.acting(policy) as acting:
+            ranks.first(lambda: policies.save(acting, args.output))
     if venv:
-        if args.video:
+        if args.video and ranks.RANK == 0:
             record(venv, result, f"videos/{run.folder.name}.mp4", f"{args.env_id}, after {args.steps} steps")
         venv.close()
         print(f"success {result}")

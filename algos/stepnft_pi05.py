@@ -298,6 +298,7 @@ def main(args: Args) -> None:
     # Policy θ and rollout policy θ_old, which share what is frozen
     policy = run.load_policy()
     rollout_policy = copy.deepcopy(policy, {id(p): p for p in policy.parameters() if not p.requires_grad})
+    run.divide(policy, rollout_policy)
     parameters, rollout_parameters = ([p for p in w.parameters() if p.requires_grad] for w in (policy, rollout_policy))
     fused = device.type == "cuda"  # no temporary copies
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, betas=(0.9, 0.95), eps=1e-5, fused=fused)  # the authors'
@@ -316,12 +317,11 @@ def main(args: Args) -> None:
         solver = dict(num_steps=K, noise_level=noise_level)
         batches, prefixes = [], run.prefixes()
         rollout = run.rollout(run.rng.integers(envs.TRAIN_SEEDS, size=E // G).repeat(G))  # G episodes from each initial state
-        rollout_policy.eval()
-        with torch.inference_mode():
+        with run.acting(rollout_policy) as acting:
             for turn in rollout:  # the next chunk of the episodes that are still running
                 *inputs, state = policy.processor(turn.obs, turn.instructions)
-                prefix = rollout_policy.encode_prefix(*inputs)
-                x, v = flow_sde_sample(rollout_policy, prefix, state, turn.noise(K + 1), **solver)
+                prefix = acting.encode_prefix(*inputs)
+                x, v = flow_sde_sample(acting, prefix, state, turn.noise(K + 1), **solver)
                 prefixes.remember(inputs, prefix)
                 batches.append(Chunks(state, x, v, turn.episode, turn.number))
                 turn.act(policy.processor.unnormalize_actions(x[:, -1, : run.execute], turn.obs["state"]))
@@ -329,14 +329,12 @@ def main(args: Args) -> None:
 
         # ---------------------------------------------------------------------- labels
         chunks = Chunks(*map(torch.cat, zip(*batches)))
-        success, lost, group = rollout.success, rollout.lost, np.arange(E) // G  # (E,)
+        success, lost, group = rollout.success, rollout.lost, np.arange(len(rollout.seeds)) // G  # (E,), this rank's
         group[lost] = -1 - np.flatnonzero(lost)  # nobody is compared with a lost episode
         episode, turn = chunks.episode.numpy(), chunks.turn.numpy()
         labels, keep = chunk_labels(success, group, episode, turn, args.labels, gamma=args.gamma, gae_lambda=args.gae_lambda)
-        keep &= ~lost[episode]
-        used = torch.from_numpy(np.flatnonzero(keep)).to(device)  # (M,) chunks to learn from
-        y = torch.from_numpy(labels).float().to(device)
-        M = len(used)
+        keep &= ~lost[episode]  # (M,) chunks to learn from
+        y, M = torch.from_numpy(labels).float().to(device), len(labels)
         steps = torch.arange(K, device=device).expand(M, K)  # (M, n) transitions of each
         if args.transitions == "random":
             steps = torch.randint(K, (M, 1), device=device)
@@ -348,14 +346,14 @@ def main(args: Args) -> None:
         losses = harness.Averages()
         for parameter_group in optimizer.param_groups:
             parameter_group["lr"] = args.learning_rate * min(1.0, (iteration + 1) / max(1, args.warmup_iterations))
-        for _ in range(args.update_epochs if M else 0):  # nothing to learn from where no group has contrast
-            for minibatch in torch.randperm(M, device=device).chunk(args.num_minibatches):
+        for _ in range(args.update_epochs):
+            for minibatch in run.minibatches(keep):  # none where no group has contrast
                 optimizer.zero_grad()
-                for mb in minibatch.split(args.micro_batch or M):  # the loss is a mean over chunks, so are the gradients
-                    row, step = used[mb, None], steps[mb]  # (b, 1), (b, n): n transitions per chunk, which share its prefix
+                for mb, share in minibatch:  # the loss is a mean over chunks, so are the gradients
+                    row, step = mb[:, None], steps[mb]  # (b, 1), (b, n): n transitions per chunk, which share its prefix
                     x_t, x_next, x_0 = (chunks.x[row, i] for i in (step, step + 1, torch.full_like(step, K)))  # (b, n, H, A)
-                    prefix = prefixes.recall(policy, used[mb])
-                    v_theta = policy.velocity(prefix, chunks.state[used[mb]], x_t, 1 - step / K).float()
+                    prefix = prefixes.recall(policy, mb)
+                    v_theta = policy.velocity(prefix, chunks.state[mb], x_t, 1 - step / K).float()
                     transitions = v_theta, chunks.v[row, step], x_t, x_next, x_0, step, y[row].expand_as(step)
                     v_theta, v_old, x_t, x_next, x_0, step, label = (each.flatten(0, 1) for each in transitions)  # (b · n, …)
                     x_next = ablation_target(args.target, x_t, x_next, x_0, step, **solver)
@@ -364,7 +362,6 @@ def main(args: Args) -> None:
                         tr_coef=args.tr_coef, std_eps=std_eps, granularity=args.granularity, loss=args.loss, target=args.target,
                         mask=mask,
                     )
-                    share = len(mb) / len(minibatch)
                     (share * loss).backward()
                     losses.add({**metrics, "loss": loss.detach()}, share)
                 if run.clip_gradients(losses, grad_norm=parameters):
@@ -374,8 +371,7 @@ def main(args: Args) -> None:
         alpha = ema_decay(iteration, args.ema_start, args.ema_end, args.ema_horizon)
         update_rollout_policy(rollout_parameters, parameters, alpha)
 
-        label_mean = labels[keep].mean() if M else 0.0
-        run.log(rollout, losses, signal=keep.mean(), label_mean=label_mean, ema_decay=alpha, noise_level=noise_level)
+        run.log(rollout, losses, signal=keep, label_mean=labels[keep], ema_decay=alpha, noise_level=noise_level)
         run.evaluate_and_save_when_due()
     run.finish(forward_passes=K if args.transitions == "all" else 1)  # velocities of a chunk in one pass of the update
 

@@ -29,6 +29,7 @@ def make(
     backend: str = "auto",
     observe_terminal: bool = True,
     step_timeout: float = 300.0,
+    among: tuple[int, int] | None = None,
     **spec: Any,
 ):
     """A `gymnasium.vector.VectorEnv` over action chunks (see `envs.vector.ChunkEnv` for shapes and semantics).
@@ -45,6 +46,8 @@ def make(
     backend: "cpu" (a pool of processes), "cuda" (one batched simulation on the GPU), or "auto": cuda where that works.
     observe_terminal: observe (and render) the state after success too; learners without a critic can save that.
     step_timeout: seconds for which a worker process may be silent before it is replaced, its episodes lost.
+    among: (first, total): these are environments first, first + 1, … of so many, which several processes hold together; of a suite
+        it says which tasks they have.
     spec: the simulator's own options, fields of its `Spec`: image_size, max_episode_steps, instruction, …; of ManiSkill
         control_mode, robot, cameras, … (`envs.maniskill.ManiSkillSpec`), of LIBERO language, … (`envs.libero.LiberoSpec`).
 
@@ -68,4 +71,4 @@ def make(
     from pi_stepnft.envs.pool import ChunkVecEnv
 
     return ChunkVecEnv(built, num_envs, num_cores() if num_workers is None else num_workers, chunk=chunk, seed=seed,
-                       observe_terminal=observe_terminal, step_timeout=step_timeout)
+                       observe_terminal=observe_terminal, step_timeout=step_timeout, among=among or (0, num_envs))

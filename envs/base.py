@@ -26,8 +26,10 @@ EVAL_SEED = 1_100_000_000
 
 
 def num_cores() -> int:
-    """Cores that this process may use, which under Slurm, taskset or in a container can be fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use, which under Slurm, taskset or in a container can be fewer than the machine has; of several
+    that torchrun has started on this machine, its share."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 class EnvError(RuntimeError):

@@ -30,9 +30,9 @@ class ChunkVecEnv(ChunkEnv):
     overlaps = True
 
     def __init__(self, spec: Spec, num_envs: int, num_workers: int, *, chunk: int, seed: int, observe_terminal: bool,
-                 step_timeout: float):
+                 step_timeout: float, among: tuple[int, int]):
         """num_workers: 0 for none: the environments live in this process. step_timeout: seconds of silence after which a worker is
-        taken for dead."""
+        taken for dead. among: as of `envs.make`."""
         super().__init__(spec, num_envs, seed)
         self.observe_terminal, self.step_timeout = observe_terminal, step_timeout
         self._lost = np.zeros(num_envs, bool)  # died since the last step that could tell
@@ -43,7 +43,7 @@ class ChunkVecEnv(ChunkEnv):
         self._workers: list[Worker | Inline] = []
         try:
             for w in range(num_workers):
-                self._workers.append(kind(w, spec, range(w, num_envs, num_workers), num_envs, threads, self._memory))
+                self._workers.append(kind(w, spec, range(w, num_envs, num_workers), among, threads, self._memory))
             self._where = {slot: (worker, i) for worker in self._workers for i, slot in enumerate(worker.slots)}
             tasks = [("", "")] * num_envs
             for worker in self._workers:

@@ -67,9 +67,9 @@ class Died(Exception):
 class Worker:
     """A process with the environments of some slots, so spaced that neighbours in a group land on different workers."""
 
-    def __init__(self, index: int, spec: Spec, slots: range, num_envs: int, threads: int, memory: int):
-        """memory: descriptor of the file that all workers of the pool and the parent map."""
-        self.index, self.spec, self.slots, self.num_envs, self.threads, self.memory = index, spec, slots, num_envs, threads, memory
+    def __init__(self, index: int, spec: Spec, slots: range, among: tuple[int, int], threads: int, memory: int):
+        """among: as of `envs.make`; memory: descriptor of the file that all workers of the pool and the parent map."""
+        self.index, self.spec, self.slots, self.among, self.threads, self.memory = index, spec, slots, among, threads, memory
         self.start()
 
     def start(self) -> None:
@@ -82,7 +82,7 @@ class Worker:
         self.process = child.start(__name__, end.fileno(), self.memory, env=env)
         end.close()
         try:
-            self.send("create", (self.spec, self.slots, self.num_envs, self.threads))
+            self.send("create", (self.spec, self.slots, self.among, self.threads))
         except BaseException:  # what cannot be pickled
             self.stop(0)
             raise
@@ -193,8 +193,8 @@ def main(pipe: int, memory: int) -> None:
 
 
 def _serve(line: _Line, memory: int) -> None:
-    _, (spec, slots, num_envs, threads) = line.receive()
-    commands = Commands([spec.create(slot, num_envs) for slot in slots], memory)
+    _, (spec, slots, (first, total), threads) = line.receive()
+    commands = Commands([spec.create(first + slot, total) for slot in slots], memory)
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(threads)
     line.send("ok", commands.described())
@@ -250,10 +250,10 @@ class Commands:
 class Inline:
     """In the place of a `Worker`: the same environments and commands in this very process."""
 
-    def __init__(self, index: int, spec: Spec, slots: range, num_envs: int, threads: int, memory: int):
+    def __init__(self, index: int, spec: Spec, slots: range, among: tuple[int, int], threads: int, memory: int):
         self.index, self.slots, self.process = index, slots, None
         with _own_random_numbers():
-            self.commands = Commands([spec.create(slot, num_envs) for slot in slots], memory)
+            self.commands = Commands([spec.create(among[0] + slot, among[1]) for slot in slots], memory)
         self.answers = deque([self.commands.described()])
 
     def send(self, command: str, payload: Any = None) -> None:

@@ -3,6 +3,7 @@
 An algorithm calls this room; it never calls back.
 """
 
+from pi_stepnft.harness import ranks
 from pi_stepnft.harness.args import (
     Batch,
     Count,
@@ -47,5 +48,5 @@ __all__ = [
     "Averages", "Batch", "Count", "CountOrZero", "Positive", "PositiveOrZero", "Prefixes", "RLArgs", "Rows", "Run", "RunArgs",
     "RunError", "Seconds", "Seed", "Share", "Size", "SizeOrZero", "TaskArgs", "Text", "TrainArgs", "Training", "adapt", "check",
     "check_fit", "check_task", "choose_device", "command", "command_line", "commit", "env_options", "make_envs",
-    "memory_gb", "one_line_errors", "parse", "set_up", "slug", "task_name",
+    "memory_gb", "one_line_errors", "parse", "ranks", "set_up", "slug", "task_name",
 ]

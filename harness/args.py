@@ -18,6 +18,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from pi_stepnft import envs, policies
 from pi_stepnft.envs.base import did_you_mean, explain
+from pi_stepnft.harness import ranks
 
 Count = Annotated[int, Field(ge=1, le=10**6)]
 """Of what comes one after the other: a million take weeks."""
@@ -34,7 +35,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Text = Annotated[str, Field(min_length=1)]
 
-FREE_ON_RESUME = "num_threads", "max_minutes", "iterations", "output", "track", "video", "device", "step_timeout"
+FREE_ON_RESUME = "num_threads", "max_minutes", "iterations", "output", "track", "video", "device", "step_timeout", "fsdp"
 """What a run may change when it goes on; all else is part of what it computes."""
 
 
@@ -55,7 +56,7 @@ class TaskArgs:
     seed: Seed = 1
     """seed of everything random"""
     num_threads: SizeOrZero = 0
-    """torch threads; 0: one per core"""
+    """torch threads of each process; 0: one per core"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the policy computes; auto: cuda where there is one"""
     step_timeout: Seconds = 300.0
@@ -68,7 +69,7 @@ class RunArgs(TaskArgs):
 
     resume: Text | None = None
     """run folder (runs/<name>) to go on with, under its own arguments; of these --iterations, --max-minutes, --num-threads,
-    --device, --step-timeout, --output, --track and --video may be given anew, where there are such"""
+    --device, --step-timeout, --fsdp, --output, --track and --video may be given anew, where there are such"""
     track: bool = False
     """log to Weights & Biases too (offline without an account)"""
     save_every: Count = 10
@@ -99,6 +100,8 @@ class TrainArgs(RunArgs):
     """its scale: the additions are (alpha / rank)·B·A (openpi: as the rank)"""
     micro_batch: CountOrZero = 0
     """rows per forward and backward pass, whose gradients add up to the minibatch's; 0: the whole minibatch at once"""
+    fsdp: bool = False
+    """divide weights, gradients and moments of --train all among the processes that torchrun starts (FSDP2, docs/scaling.md)"""
     gradient_checkpointing: bool = False
     """keep layer inputs only and compute the rest again in the backward pass"""
 
@@ -117,7 +120,7 @@ class RLArgs(TrainArgs):
     """expert: the VLM is frozen (the authors' choice); all: everything is trained; lora: low-rank additions to both transformers
     are, see policies/lora.py"""
     num_envs: Batch = 64
-    """environments side by side"""
+    """environments side by side, of all processes together"""
     rollout_epochs: Count = 4
     """rounds of episodes per iteration: num_envs × rollout_epochs episodes (authors: 64 × 8 LIBERO, 128 × 10 ManiSkill)"""
     rollout_steps: CountOrZero = 32
@@ -165,9 +168,16 @@ def check(args: Any) -> None:
     if getattr(args, "train", "all") != "expert" and getattr(args, "prefix_cache", None) in ("device", "cpu"):
         raise RunError(f"--prefix-cache {args.prefix_cache} needs a frozen VLM, --train {args.train} changes it: leave "
                        "--prefix-cache out, or add --train expert")
-    group_size = getattr(args, "group_size", 1)
-    if getattr(args, "num_envs", group_size) % group_size:
-        raise RunError(f"--num-envs {args.num_envs} must be a multiple of --group-size {group_size}")
+    group_size, N = getattr(args, "group_size", 1), ranks.SIZE
+    if N > 1 and not hasattr(args, "fsdp"):
+        raise RunError(f"this program runs as one process, not {N}: start it without torchrun")
+    if getattr(args, "num_envs", 0) % (group_size * N):
+        each = f"{N} (processes) × " * (N > 1)
+        raise RunError(f"--num-envs {args.num_envs} must be a multiple of {each}--group-size {group_size}")
+    if getattr(args, "fsdp", False) and (N == 1 or args.train != "all"):
+        raise RunError("--fsdp divides what is trained among several processes: start them by torchrun, with --train all")
+    if getattr(args, "fsdp", False) and getattr(args, "compile", False):
+        raise RunError("--fsdp does not go with --compile: leave one out")
     episodes = max(getattr(args, name, 0) for name in ("episodes", "eval_episodes", "final_eval_episodes"))
     if getattr(args, "eval_seed", 0) + episodes > 2**32 - 10**5:  # the tasks of a suite count from each other's thousands on
         raise RunError(f"--eval-seed {args.eval_seed} leaves too few seeds below 2^32 for {episodes} episodes")
@@ -206,6 +216,7 @@ def parse(Args: type[A], description: str, presets: dict[str, dict] | None = Non
     presets: sets of defaults, which --paper NAME chooses from; what is given beside it counts all the same.
     A mistake ends the program with one line and, as shells expect of a wrong command line, status 2.
     """
+    ranks.mute()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that knows no θ gets a question mark, not a traceback
             stream.reconfigure(errors="replace")
@@ -229,7 +240,7 @@ def parse(Args: type[A], description: str, presets: dict[str, dict] | None = Non
         if not stop.code:  # --help
             raise
         mistake = misread(Args, told.getvalue())
-    print(f"error: {mistake}", file=sys.stderr)
+    ranks.tell(f"error: {mistake}")
     sys.exit(2)
 
 

@@ -16,7 +16,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,8 +29,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pi_stepnft import policies
+from pi_stepnft.harness import ranks
 from pi_stepnft.harness.args import Count, CountOrZero, PositiveOrZero, RunError, Share, typed
-from pi_stepnft.policies import CheckpointError
+from pi_stepnft.policies import CheckpointError, lora
+from pi_stepnft.policies.weights import divided, whole
 
 FOLDER, POINTER, MANIFEST = "checkpoints", "last", "manifest.json"
 Steps = Annotated[int, Field(ge=0)]
@@ -94,11 +97,16 @@ def save(
 ) -> None:
     """Write a checkpoint of the run in `folder` and remove all but the newest `keep`.
 
-    trained: policies by name; optimizer and rng: whose states, and those of torch's generators, go with them; progress: plain JSON,
-    with "iteration"; unsaved: named lists of tensors that no policy's checkpoint holds, such as a LoRA run's adapters;
-    memory: lists of tensors, however many, that later iterations learn from.
+    trained: policies by name; optimizer and rng: whose states go with them; progress: plain JSON, with "iteration"; unsaved: named
+    lists of tensors that no policy's checkpoint holds, such as a LoRA run's adapters; memory: lists of tensors, however many, that
+    later iterations learn from, each with as many rows. Rank 0 writes what all ranks have.
     Raises CheckpointError, and leaves the checkpoints that are there, if it cannot be written or a weight is not finite.
     """
+    if ranks.RANK:  # it contributes
+        for policy in trained.values():
+            deque(lora.merged(policy), maxlen=0)
+        deque(_tensors(optimizer, unsaved, memory), maxlen=0)
+        return
     parent = folder / FOLDER
     name = f"{progress['iteration']:06d}"
     if saved := [path.name for path in _all(parent) if path.name.rstrip("+") == name]:  # once more, with an evaluation
@@ -109,7 +117,8 @@ def save(
         part.mkdir(parents=True)
         for title, policy in trained.items():
             policies.save(policy, part / title)
-        save_file(_tensors(optimizer, unsaved, memory), part / "training.safetensors")
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(optimizer, unsaved, memory)}
+        save_file(tensors, part / "training.safetensors")
         state = {"numpy_rng": rng.bit_generator.state, "progress": progress}
         (part / "training.json").write_text(json.dumps(state, indent=2))
         files = sorted(path for path in part.rglob("*") if path.is_file())
@@ -157,8 +166,8 @@ def restore(
     unsaved: dict[str, list[torch.Tensor]],
     device: torch.device | str = "cpu",
 ) -> tuple[dict, list[list[torch.Tensor]]]:
-    """Give optimizer, rng, torch's generators and the `unsaved` tensors the states of a checkpoint; returns its progress and its
-    memory, on `device`.
+    """Give optimizer, rng and the `unsaved` tensors the states of a checkpoint; returns its progress and, of its memory, this
+    rank's rows, on `device`.
 
     The policies are loaded by `policies.load`. Raises CheckpointError where the checkpoint is that of another training.
     """
@@ -166,9 +175,6 @@ def restore(
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     try:
         tensors = load_file(policies.inside(path, "training.safetensors", path))
-        torch.set_rng_state(tensors.pop("torch_rng"))
-        if (cuda := tensors.pop("cuda_rng", None)) is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state(cuda)
         for title, targets in unsaved.items():
             for index, target in enumerate(targets):
                 value = tensors.pop(f"trained.{title}.{index}")
@@ -179,13 +185,13 @@ def restore(
         while f"memory.{len(memory)}.0" in tensors:
             place = f"memory.{len(memory)}."
             names = sorted((key for key in tensors if key.startswith(place)), key=lambda key: int(key.removeprefix(place)))
-            memory.append([tensors.pop(name).to(device) for name in names])
+            memory.append([tensors.pop(name).tensor_split(ranks.SIZE)[ranks.RANK].to(device) for name in names])
         state: dict[int, dict[str, torch.Tensor]] = {}
         for key, value in tensors.items():
             _, index, kind = key.split(".")
             if value.dim() and value.shape != (shape := parameters[int(index)].shape):
                 raise ValueError(f"{key} has shape {tuple(value.shape)} instead of {tuple(shape)}")
-            state.setdefault(int(index), {})[kind] = value
+            state.setdefault(int(index), {})[kind] = divided(value, parameters[int(index)])
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         rng.bit_generator.state = stored["numpy_rng"]
         return stored["progress"], memory
@@ -224,18 +230,19 @@ def link(path: Path, target: str) -> None:
 
 def _tensors(
     optimizer: torch.optim.Optimizer, unsaved: dict[str, list[torch.Tensor]], memory: Iterable[list[torch.Tensor]]
-) -> dict[str, torch.Tensor]:
-    """The tensors of a training, on the CPU, under the names that `restore` knows."""
-    tensors = {"torch_rng": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["cuda_rng"] = torch.cuda.get_rng_state()
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a training under the names that `restore` knows. All ranks have to ask for them; rank 0 gets them."""
     for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{kind}": value.detach().cpu().contiguous() for kind, value in state.items()}
+        for kind, value in state.items():
+            yield f"optimizer.{index}.{kind}", whole(value)
     for title, values in unsaved.items():
-        tensors |= {f"trained.{title}.{index}": value.detach().cpu().contiguous() for index, value in enumerate(values)}
-    for place, values in enumerate(memory):
-        tensors |= {f"memory.{place}.{index}": value.detach().cpu().contiguous() for index, value in enumerate(values)}
-    return tensors
+        for index, value in enumerate(values):
+            yield f"trained.{title}.{index}", value
+    entries = list(memory)
+    for place, age in enumerate(range(max(ranks.gather(len(entries))), 0, -1)):
+        own = [tensor.cpu() for tensor in entries[-age]] if age <= len(entries) else []
+        for index, parts in enumerate(zip(*filter(None, ranks.collect(own)))):
+            yield f"memory.{place}.{index}", parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _all(parent: Path) -> list[Path]:

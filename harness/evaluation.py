@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from pi_stepnft import policies
 from pi_stepnft.envs import EVAL_SEED, EnvError
+from pi_stepnft.harness import ranks
 from pi_stepnft.harness.statistics import wilson
 
 Act = Callable[[dict[str, np.ndarray], list[str], np.ndarray], np.ndarray]
@@ -77,19 +78,22 @@ def evaluate(
 
     Where the environments have several tasks, task t counts its own seeds from seed + t·TASK_STRIDE on: in LIBERO, each begins with
     the first of its fixed initial states. An episode that is lost with its worker is played again, from its seed: only what was
-    played to its end counts. execute: how many actions of each chunk are executed before the next observation. progress: label of a
-    progress bar, "" for none, or a bar to move. Raises EnvError where workers die again and again, or no action is a number.
+    played to its end counts. Each rank plays the episodes of its environments, and has the outcomes of all. execute: how many
+    actions of each chunk are executed before the next observation. progress: label of a progress bar, "" for none, or a bar to
+    move. Raises EnvError where workers die again and again, or no action is a number.
     """
-    B, tasks = venv.num_envs, list(dict.fromkeys(venv.tasks))
-    place = np.array([tasks.index(task) * TASK_STRIDE + venv.tasks[:i].count(task) for i, task in enumerate(venv.tasks)])
-    share = np.array([venv.tasks.count(task) for task in venv.tasks])  # (B,) environments with the same task
+    tasks_of_all: list[str] = sum(ranks.gather(venv.tasks), [])
+    B, all_B, tasks = venv.num_envs, len(tasks_of_all), list(dict.fromkeys(tasks_of_all))
+    place = np.array([tasks.index(task) * TASK_STRIDE + tasks_of_all[:i].count(task) for i, task in enumerate(tasks_of_all)])
+    share = np.array([tasks_of_all.count(task) for task in tasks_of_all])  # (all_B,) environments with the same task
     number = np.arange(episodes)
-    seeds = seed + place[number % B] + number // B * share[number % B]  # (E,)
+    seeds = seed + place[number % all_B] + number // all_B * share[number % all_B]  # (E,)
     success, steps, begun = np.zeros(episodes, bool), np.zeros(episodes, int), np.zeros(episodes, int)
     actions = np.zeros((episodes, venv.max_episode_steps, venv.action_dim), np.float32)
     broken = np.zeros(episodes, bool)
-    waiting = [deque(range(slot, episodes, B)) for slot in range(B)]  # episodes that each environment has yet to play
-    bar = progress if isinstance(progress, tqdm) else tqdm(total=episodes, desc=progress, leave=False, disable=not progress)
+    waiting = [deque(range(ranks.RANK * B + slot, episodes, all_B)) for slot in range(B)]  # what each environment has yet to play
+    hidden, mine = not progress or ranks.RANK > 0, sum(map(len, waiting))
+    bar = progress if isinstance(progress, tqdm) else tqdm(total=mine, desc=progress, leave=False, disable=hidden)
     while any(waiting):
         running = np.array([bool(queue) for queue in waiting])  # (B,)
         playing = np.array([queue.popleft() if queue else 0 for queue in waiting])  # (B,) the episode of each
@@ -123,6 +127,7 @@ def evaluate(
             bar.update(int(ended.sum()))
     if bar is not progress:
         bar.close()
+    success, steps, actions, begun, broken = map(ranks.total, (success, steps, actions, begun, broken))
     if broken.all():
         raise EnvError("the policy's actions are not finite numbers: it has diverged, go back to an earlier one")
     return Evaluation(success, steps, seeds, actions, int(begun.sum()) - episodes, int(broken.sum()))

@@ -23,6 +23,7 @@ class Turn:
     shape: tuple[int, ...]  # (H, A) of a chunk
     device: torch.device
     key: tuple[int, int]  # of the run and of the iteration
+    among_all: list[int]  # number of each episode among those of all ranks
     actions: np.ndarray | None = None
 
     def noise(self, n: int) -> torch.Tensor:
@@ -36,7 +37,7 @@ class Turn:
         return torch.tensor([rng.integers(high) for rng in self._generators(1)], device=self.device)
 
     def _generators(self, stream: int) -> Iterator[np.random.Generator]:
-        for episode, number in zip(self.episode.tolist(), self.number.tolist()):
+        for episode, number in zip(self.among_all, self.number.tolist()):
             yield np.random.default_rng((*self.key, episode, number, stream))
 
     def act(self, actions: torch.Tensor) -> None:
@@ -52,13 +53,15 @@ class Rollout:
     """
 
     def __init__(self, venv, seeds: np.ndarray, *, execute: int, max_steps: int, shape: tuple[int, ...], device: torch.device,
-                 key: tuple[int, int], overlap: bool, observe_cut: bool):
+                 key: tuple[int, int], overlap: bool, observe_cut: bool, among_all: np.ndarray | None = None):
         """venv: B environments; seeds: (E,) of the initial states, E a multiple of B, played B at a time. execute: actions of a
         chunk; max_steps: after how many an episode is cut off, 0 for the task's own limit. shape, device, key: as of `Turn`.
         overlap: in two halves, of which one is simulated while there is a turn in the other. observe_cut: whether episodes that
-        were cut off have a last turn, to look at."""
+        were cut off have a last turn, to look at. among_all: (E,) their numbers among the episodes of all ranks; None: there are no
+        others."""
         self.venv, self.seeds, self.execute, self.overlap, self.observe_cut = venv, seeds, execute, overlap, observe_cut
         self.turn = dict(shape=shape, device=device, key=key)
+        self.among_all = np.arange(len(seeds)) if among_all is None else among_all
         self.success, self.lost, self.terminated = np.zeros((3, len(seeds)), bool)
         self.rewards = np.zeros((len(seeds), -(-(max_steps or venv.max_episode_steps) // execute)), np.float32)
         self.env_steps = 0
@@ -104,6 +107,6 @@ class Rollout:
 
     def _turn(self, obs: dict[str, np.ndarray], index: np.ndarray, begin: int, number: int, cut: bool = False) -> Turn:
         seen = {name: value[index] for name, value in obs.items()}
-        episode = torch.from_numpy(begin + index)
+        episode, among_all = torch.from_numpy(begin + index), self.among_all[begin + index].tolist()
         told = [self.venv.instructions[i] for i in index]
-        return Turn(seen, told, episode, torch.full_like(episode, number), cut, **self.turn)
+        return Turn(seen, told, episode, torch.full_like(episode, number), cut, among_all=among_all, **self.turn)

@@ -26,6 +26,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,13 +35,14 @@ from tqdm import tqdm
 
 import pi_stepnft
 from pi_stepnft import envs, policies
-from pi_stepnft.harness import checkpoints
+from pi_stepnft.harness import checkpoints, ranks
 from pi_stepnft.harness.args import RLArgs, RunArgs, RunError, TaskArgs, TrainArgs, env_options
 from pi_stepnft.harness.charts import plot_curve
 from pi_stepnft.harness.evaluation import Evaluation, by_ode, evaluate
 from pi_stepnft.harness.films import record
 from pi_stepnft.harness.rollout import Rollout
 from pi_stepnft.harness.storage import Prefixes, memory_gb
+from pi_stepnft.policies import sharded
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -59,13 +61,16 @@ class Averages(dict):
 
     def add(self, values: dict[str, float | torch.Tensor], weight: float = 1.0) -> None:
         for name, value in values.items():
-            if not math.isfinite(value):  # of an update that is left out, and counted
+            if not (weight and math.isfinite(value)):  # of an update that is left out, and counted
                 continue
             total, weights = self.get(name, (0.0, 0.0))
             self[name] = total + weight * float(value), weights + weight
 
     def means(self) -> dict[str, float]:
-        return {name: total / weights for name, (total, weights) in self.items()}
+        """Over all ranks."""
+        every = ranks.gather(dict(self))
+        sums = {name: np.sum([each[name] for each in every if name in each], 0) for name in dict.fromkeys(itertools.chain(*every))}
+        return {name: float(total / weights) for name, (total, weights) in sums.items()}
 
 
 class Training:
@@ -84,13 +89,24 @@ class Training:
         self.rng = np.random.default_rng(args.seed)
         self.iteration, self.trained_s, self.peak_gb = 0, 0.0, 0.0
         self.bad_updates, self._bad = 0, {}  # in all, and in a row by what was bad
-        self._stopped: signal.Signals | None = None
+        self._asked = self._stopped = 0  # by a signal of this number: this process, and all ranks
         self._in_iteration = False
         self.resumed: Path | None = None
         if args.resume:
             self.folder = Path(args.resume) if Path(args.resume).name else Path(args.resume).resolve()  # --resume .
             self._alone()
-            self.resumed = checkpoints.newest(self.folder)
+            self.resumed = ranks.first(lambda: checkpoints.newest(self.folder))
+
+    def divide(self, *divided: policies.Pi0) -> None:
+        """With --fsdp, divide policies among the ranks, in place: before anybody asks for their parameters."""
+        for policy in divided if self.args.fsdp else ():
+            sharded.shard(policy)
+
+    @contextlib.contextmanager
+    def acting(self, policy: policies.Pi0) -> Iterator[policies.Pi0]:
+        """The policy as it is to act, without gradients; where its weights are divided among the ranks, a whole copy."""
+        with sharded.together(policy) as whole, torch.inference_mode():
+            yield whole.eval()
 
     # ------------------------------------------------------------------------------------------------ from start to end
 
@@ -123,7 +139,8 @@ class Training:
                 policies.load_weights(trained[name], self.resumed / name / "model.safetensors")
             progress, kept = checkpoints.restore(self.resumed, optimizer, self.rng, self.unsaved, self.device)
             self.memory.extend(kept)
-            checkpoints.link(self.resumed.parent / checkpoints.POINTER, self.resumed.name)  # a damaged one was passed over
+            pointer = self.resumed.parent / checkpoints.POINTER
+            ranks.first(lambda: checkpoints.link(pointer, self.resumed.name))  # a damaged one was passed over
             vars(self).update(progress)
             result = self.folder / "result.json"
             done = policies.read_json(result).get("iterations") if result.is_file() else None
@@ -133,10 +150,11 @@ class Training:
             known = policies.read_json(self.resumed / first / "config.json")["meta"].get(self.algorithm)
             self.origin |= {name: known[name] for name in self.origin if isinstance(known, dict) and name in known}
         else:
-            self.folder = new_folder(Path("runs", run_name(self.algorithm, self.policy_type, args)))
+            self.folder = ranks.first(lambda: new_folder(Path("runs", run_name(self.algorithm, self.policy_type, args))))
             self._alone()
-        write_json(self.folder / "args.json", asdict(args) | {"resume": None})
+        ranks.first(lambda: write_json(self.folder / "args.json", asdict(args) | {"resume": None}))
         self.writer = open_logs(self.folder, args, purge_step=self.iteration + 1 if self.resumed else None)
+        ranks.advice = self._how_to_go_on()
         self._saved, self._saved_at = self.iteration if self.resumed else None, time.time()
 
     def iterations(self) -> Iterator[int]:
@@ -152,18 +170,21 @@ class Training:
         for name in SIGNALS:
             if signal.getsignal(name) != signal.SIG_IGN:  # as nohup has it
                 signal.signal(name, self._stop)
-        self._bar = tqdm(total=self.total, initial=self.iteration, desc=self.algorithm.upper(), smoothing=0.1)
+        bar = dict(desc=self.algorithm.upper(), smoothing=0.1, disable=ranks.RANK > 0)
+        self._bar = tqdm(total=self.total, initial=self.iteration, **bar)
         while self.iteration < self.total and not 0 < limit < self.trained_s - before and not self._stopped:
+            torch.manual_seed(ranks.seed(self.args.seed, self.iteration))
             self._began, self._laps, self._in_iteration = time.time(), {}, True
             yield self.iteration
             self._in_iteration = False
+            self._stopped = max(ranks.gather(self._asked))
         self._bar.close()
         if self._saved != self.iteration:  # the time was up
             self.save()
         if self._stopped:
             self.writer.close()
-            name, status = self._stopped.name, 128 + self._stopped  # as a shell tells of a signal
-            print(f"stopped by {name} after iteration {self.iteration}; {self._how_to_go_on()}", file=sys.stderr)
+            name, status = signal.Signals(self._stopped).name, 128 + self._stopped  # as a shell tells of a signal
+            ranks.tell(f"stopped by {name} after iteration {self.iteration}; {self._how_to_go_on()}")
             sys.exit(status)
 
     def lap(self, name: str) -> None:
@@ -173,34 +194,38 @@ class Training:
         self.peak_gb = max(self.peak_gb, gb)
 
     def clip_gradients(self, losses: Averages, **parameters: Iterable[torch.Tensor]) -> bool:
-        """Limit the gradients' norms to --max-grad-norm, each by itself, and add what they were to losses.
+        """Add up the ranks' gradients, limit their norms to --max-grad-norm, each by itself, and add what they were to losses.
 
         False, which is counted, where one is not finite: the update is to be left out. Raises RunError after --max-bad-updates such
         in a row; the last checkpoint is as it was.
         """
-        norms = {name: torch.nn.utils.clip_grad_norm_(each, self.args.max_grad_norm) for name, each in parameters.items()}
+        ranks.add_gradients(itertools.chain(*parameters.values()))
+        norms = {name: ranks.clip_gradients(each, self.args.max_grad_norm) for name, each in parameters.items()}
         losses.add(norms)
         return self._sound(all(torch.isfinite(norm) for norm in norms.values()), "the gradient is no finite number")
 
-    def log(self, losses: Averages, **charts: float) -> None:
-        """Count the iteration and tell TensorBoard and the progress bar of it."""
+    def log(self, losses: Averages, **charts: float | np.ndarray | torch.Tensor) -> None:
+        """Count the iteration and tell TensorBoard and the progress bar of it. charts: numbers, or arrays, of which the mean over
+        all ranks is told."""
         self.lap("update")
         self.iteration += 1
-        self.trained_s = time.time() - self._start
+        self.trained_s = ranks.gather(time.time() - self._start)[0]
+        charts = {name: ranks.mean(value) if np.ndim(value) else value for name, value in charts.items()}
         for name, (seconds, gb) in self._laps.items():
             charts |= {f"{name}_s": seconds, f"memory_{name}_gb": gb}
         charts |= dict(bad_updates=self.bad_updates, learning_rate=self.optimizer.param_groups[0]["lr"])
         means = losses.means()
         scalars = {f"charts/{name}": value for name, value in charts.items()}
         for name, value in (scalars | {f"losses/{name}": value for name, value in means.items()}).items():
-            self.writer.add_scalar(name, value, self.iteration)
+            if not math.isnan(value):  # the mean of nothing
+                self.writer.add_scalar(name, value, self.iteration)
         self._bar.update()
         self._bar.set_postfix({name: f"{value:.4f}" for name, value in means.items()}, refresh=False)
 
     def save_when_due(self) -> None:
         """A checkpoint every --save-every iterations or --save-minutes, and at the end."""
-        waited = time.time() - self._saved_at > 60 * self.args.save_minutes
-        if self.iteration % self.args.save_every == 0 or waited or self.iteration == self.total or self._stopped:
+        waited = ranks.gather(time.time() - self._saved_at)[0] > 60 * self.args.save_minutes
+        if self.iteration % self.args.save_every == 0 or waited or self.iteration == self.total:
             self.save()
 
     def save(self, **outcome: Any) -> None:
@@ -222,14 +247,15 @@ class Training:
         """Write result.json, and let go of the folder. facts: more entries of it."""
         args = self.args
         self.writer.close()
-        write_json(self.folder / "result.json", dict(
+        ranks.first(lambda: write_json(self.folder / "result.json", dict(
             command=command_line(), commit=commit(), algorithm=f"{self.algorithm}_{self.policy_type}",
             env_id=args.env_id, obs_mode=args.obs_mode, seed=args.seed, iterations=self.iteration,
             training_minutes=self.trained_s / 60, peak_memory_gb=self.peak_gb, bad_updates=self.bad_updates,
             parameters_trained=sum(p.numel() for group in self.optimizer.param_groups for p in group["params"]),
-            **facts, versions=dict(torch=torch.__version__, python=sys.version.split()[0]), args=asdict(args),
-        ))
-        os.close(HELD.pop(self.folder.resolve()))
+            **facts, processes=ranks.SIZE, versions=dict(torch=torch.__version__, python=sys.version.split()[0]), args=asdict(args),
+        )))
+        if ranks.RANK == 0:
+            os.close(HELD.pop(self.folder.resolve()))
 
     # ------------------------------------------------------------------------------------------------ what may go wrong
 
@@ -247,7 +273,7 @@ class Training:
 
     def _alone(self) -> None:
         """Hold the run's folder until the program ends. Raises RunError where another one does, whose files this would remove."""
-        if (folder := self.folder.resolve()) in HELD:  # by this very process
+        if (folder := self.folder.resolve()) in HELD or ranks.RANK:  # by this very process
             return
         HELD[folder] = os.open(folder, os.O_RDONLY)
         try:
@@ -260,10 +286,12 @@ class Training:
 
     def _stop(self, number: int, frame: Any) -> None:
         """The first signal ends the run after the iteration that it comes in; a second one, or one outside of them, ends it now."""
-        if not self._in_iteration or self._stopped:
+        if ranks.others_are_gone():  # as torchrun ends all where one has failed
+            raise RunError(ranks.gone())
+        if not self._in_iteration or self._asked:
             raise KeyboardInterrupt(self._how_to_go_on(), number)
-        self._stopped = signal.Signals(number)
-        tqdm.write(f"{self._stopped.name}: ending this iteration, then saving (once more: stop at once)")
+        self._asked = number
+        tqdm.write(f"{signal.Signals(number).name}: ending this iteration, then saving (once more: stop at once)")
 
 
 class Run(Training):
@@ -274,7 +302,7 @@ class Run(Training):
     Raises RunError or EnvError, in one line, for arguments that cannot work.
     """
 
-    Progress = checkpoints.RLProgress
+    Progress, mean = checkpoints.RLProgress, staticmethod(ranks.mean)
 
     def __init__(self, algorithm: str, args: RLArgs, policy_type: str | None = None):
         super().__init__(algorithm, args)
@@ -314,7 +342,7 @@ class Run(Training):
     def make_envs(self, policy: policies.Pi0):
         """The training's environments, which evaluate it too. Raises EnvError or RunError where task and policy do not fit."""
         check_task(policy, self.args.env_id, self.args.obs_mode, self.args.env_options, self.checkpoint)
-        self.venv = make_envs(self.args, num_envs=self.args.num_envs, chunk=self.execute, image_size=policy.config.image_size,
+        self.venv = make_envs(self.args, **ranks.share(self.args.num_envs), chunk=self.execute, image_size=policy.config.image_size,
                               observe_terminal=False)
         check_fit(policy, self.venv, self.checkpoint)
         if self.args.overlap and not self.venv.overlaps:
@@ -322,11 +350,29 @@ class Run(Training):
         return self.venv
 
     def rollout(self, seeds: np.ndarray, observe_cut: bool = False) -> Rollout:
-        """The episodes of this iteration, to be played. seeds: (num_envs × rollout_epochs,) of their initial states; observe_cut:
-        whether those that are cut off have a last turn, to look at."""
+        """The episodes of this iteration; each rank plays those of its environments. seeds: (num_envs × rollout_epochs,) of all
+        initial states; observe_cut: whether episodes that are cut off have a last turn, to look at."""
         args = self.args
-        return Rollout(self.venv, seeds, execute=self.execute, max_steps=args.rollout_steps, shape=tuple(self.mask.shape),
-                       device=self.device, key=(args.seed, self.iteration), overlap=args.overlap, observe_cut=observe_cut)
+        mine = np.arange(len(seeds)).reshape(-1, ranks.SIZE, self.venv.num_envs)[:, ranks.RANK].flatten()
+        return Rollout(self.venv, seeds[mine], execute=self.execute, max_steps=args.rollout_steps, shape=tuple(self.mask.shape),
+                       device=self.device, key=(args.seed, self.iteration), overlap=args.overlap, observe_cut=observe_cut,
+                       among_all=mine)
+
+    def minibatches(self, keep: np.ndarray) -> Iterator[list[tuple[torch.Tensor, float]]]:
+        """--num-minibatches random parts of the chunks to learn from, keep (M,) bool; nothing where no rank has any.
+
+        Each is a list of micro-batches: rows (b,) int64 on the device, and their share of the minibatch of all ranks together.
+        """
+        args, own = self.args, torch.from_numpy(np.flatnonzero(keep)).to(self.device)
+        parts = own[torch.randperm(len(own), device=self.device)].tensor_split(args.num_minibatches)
+        for part, lengths in zip(parts, zip(*ranks.gather([len(part) for part in parts]))):
+            micro, total = args.micro_batch or max(lengths), sum(lengths)
+            if total:
+                batches = [(rows, len(rows) / total) for rows in part.split(micro) if len(rows)]
+                if args.fsdp:  # all ranks compute as often, if only for the others
+                    idle = torch.zeros(1, dtype=torch.int64, device=self.device), 0.0
+                    batches += [idle] * (-(-max(lengths) // micro) - len(batches))
+                yield batches
 
     def prefixes(self) -> Prefixes:
         """An empty store for the prefixes of an iteration's chunks, as --prefix-cache says."""
@@ -354,8 +400,9 @@ class Run(Training):
 
     def log(self, rollout: Rollout, losses: Averages, **charts: float) -> None:
         """As every training's, and of the iteration's episodes."""
-        success, lost = rollout.success, rollout.lost
-        self.env_steps += rollout.env_steps
+        every = zip(*ranks.gather((rollout.success, rollout.lost, [rollout.env_steps])))
+        success, lost, steps = map(np.concatenate, every)
+        self.env_steps += int(steps.sum())
         SPS = self.env_steps / (time.time() - self._start)
         self.lost["rollouts"] += int(lost.sum())
         self._sound(not lost.all(), "every episode of the rollout was lost, by workers that died or actions that are no numbers")
@@ -389,7 +436,7 @@ class Run(Training):
             **{f"after_{name}": evaluation.outcome for name, evaluation in more.items()}, curve=self.curve,
         )
         made, film = f"checkpoints, curve.png and result.json in {self.folder}", f"videos/{self.folder.name}.mp4"
-        if args.video:
+        if args.video and ranks.RANK == 0:
             try:
                 record(self.venv, result, film, f"{args.env_id}, after {self.iteration} iterations")
                 made += f", video in {film}"
@@ -406,9 +453,9 @@ class Run(Training):
 
     def success_rate(self, policy: policies.Pi0, episodes: int, label: str) -> Evaluation:
         """Success by the ODE on held-out seeds, the same ones and the same noise every time."""
-        policy.eval()
-        act, seed = by_ode(policy, self.args.num_steps), self.args.eval_seed
-        result = evaluate(self.venv, act, episodes, execute=self.execute, seed=seed, progress=label)
+        with self.acting(policy) as acting:
+            act, seed = by_ode(acting, self.args.num_steps), self.args.eval_seed
+            result = evaluate(self.venv, act, episodes, execute=self.execute, seed=seed, progress=label)
         self.lost["evaluations"] += result.repeated
         self.lost["broken"] += result.broken
         return result
@@ -428,7 +475,8 @@ class Run(Training):
         self.facts["env_steps"] = self.env_steps
         point = self.curve[-1]
         super().save(**({name: point[name] for name in OUTCOME} if point["iteration"] == self.iteration else {}))
-        plot_curve(self.curve, self.folder / "curve.png", f"{self.args.env_id} ({self.args.obs_mode}), seed {self.args.seed}")
+        if ranks.RANK == 0:
+            plot_curve(self.curve, self.folder / "curve.png", f"{self.args.env_id} ({self.args.obs_mode}), seed {self.args.seed}")
 
 
 # --------------------------------------------------------------------------------------------------- what others need of this
@@ -440,7 +488,10 @@ def set_up(args: TaskArgs) -> torch.device:
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.num_threads or envs.num_cores())
-    return choose_device(args.device)
+    ranks.choose_gpu()
+    device = choose_device(args.device)
+    ranks.start(device)
+    return device
 
 
 def new_folder(path: Path) -> Path:
@@ -556,7 +607,10 @@ def open_logs(folder: Path, args: RunArgs, purge_step: int | None = None) -> Sum
     """TensorBoard's log in a run's folder, and with --track Weights & Biases beside it, the arguments in both.
 
     purge_step: the first step that this run logs, where it goes on with one that came further than its last checkpoint.
+    Rank 0 logs.
     """
+    if ranks.RANK:
+        return SimpleNamespace(add_scalar=lambda *_: None, close=lambda: None)
     from torch.utils.tensorboard import SummaryWriter
 
     if args.track:
@@ -594,8 +648,11 @@ def command(program: str) -> str:
 
 def command_line() -> str:
     """The command that this program was called by, as it can be given again."""
-    program = ["python", sys.argv[0]] if pi_stepnft.CHECKOUT else [command(Path(sys.argv[0]).stem)]
-    return shlex.join([*program, *sys.argv[1:]])
+    program = [sys.argv[0]] if pi_stepnft.CHECKOUT else [command(Path(sys.argv[0]).stem)]
+    by = ["python"] if pi_stepnft.CHECKOUT else []
+    if ranks.SIZE > 1:
+        by = ["torchrun", "--nproc-per-node", str(ranks.SIZE), *["--no-python"] * (pi_stepnft.CHECKOUT is None)]
+    return shlex.join([*by, *program, *sys.argv[1:]])
 
 
 def origin() -> dict[str, str | None]:
@@ -627,14 +684,19 @@ def one_line_errors(hint: str = "") -> Iterator[None]:
     try:
         yield
     except (RunError, envs.EnvError, policies.CheckpointError, OSError) as error:  # OSError: a full disk, a folder that is not ours
-        sys.exit(f"error: {' '.join(str(error).splitlines())}")
+        ranks.tell(f"error: {' '.join(str(error).splitlines())}")
+        sys.exit(1)
     except (MemoryError, RuntimeError) as error:  # PyTorch's are of the second kind, on a GPU and without one
+        if ranks.is_gone(error):
+            ranks.tell(f"error: {ranks.gone()}")
+            sys.exit(1)
         if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
             raise
         reason = (str(error).splitlines() or [""])[0]
-        sys.exit("error: out of memory: give --micro-batch, or a smaller one, for the update, fewer --num-envs for the rollout; "
-                 f"docs/memory.md has more ({reason})")
+        ranks.tell("error: out of memory: give --micro-batch, or a smaller one, for the update, fewer --num-envs for the rollout; "
+                   f"docs/memory.md has more ({reason})")
+        sys.exit(1)
     except KeyboardInterrupt as error:  # of a Run: what goes on, and the signal
         told, number = error.args if len(error.args) == 2 else (hint, signal.SIGINT)
-        print("; ".join(["interrupted", *filter(None, [told])]), file=sys.stderr)
+        ranks.tell("; ".join(["interrupted", *filter(None, [told])]))
         sys.exit(128 + number)

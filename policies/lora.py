@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pi_stepnft.policies.gemma import Linear
 from pi_stepnft.policies.pi0 import Pi0
+from pi_stepnft.policies.weights import whole
 
 
 class LoRALinear(Linear):
@@ -56,11 +57,12 @@ def add_lora(policy: Pi0, rank: int = 16, alpha: float = 16.0) -> Pi0:
 
 @torch.no_grad()
 def merged(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Names and weights of a policy's state, adapters merged into the weights they belong to, one after another."""
+    """Names and weights of a policy's state, one after another: adapters merged into the weights they belong to, and whole where
+    they lie in parts on several processes."""
     adapted = {name: module for name, module in policy.named_modules() if isinstance(module, LoRALinear)}
     for name, tensor in policy.state_dict().items():
         owner, _, kind = name.rpartition(".")
         if owner not in adapted:
-            yield name, tensor
+            yield name, whole(tensor)
         elif kind == "weight":
             yield name, adapted[owner].merged()

@@ -169,6 +169,15 @@ class Prefix:
             index = [index]
         return Prefix(self.keys[:, index], self.values[:, index], self.mask[index], self.n_valid[index])
 
+    def rows(self) -> list[Tensor]:
+        """Its tensors, each with a row for each observation, (B, …)."""
+        return [self.keys.transpose(0, 1), self.values.transpose(0, 1), self.mask, self.n_valid]
+
+    @staticmethod
+    def from_rows(keys: Tensor, values: Tensor, mask: Tensor, n_valid: Tensor) -> "Prefix":
+        """What `rows` came from."""
+        return Prefix(keys.transpose(0, 1), values.transpose(0, 1), mask, n_valid)
+
     @staticmethod
     def cat(prefixes: "Iterable[Prefix]") -> "Prefix":
         """Join prefixes along the batch."""
@@ -216,6 +225,15 @@ class Inputs:
     def __getitem__(self, index) -> "Inputs":
         """Select observations by slice, index tensor (B',) or boolean mask (B,)."""
         return Inputs(*(tensor[index] for tensor in self))
+
+    def rows(self) -> list[Tensor]:
+        """Its tensors, each with a row for each observation, (B, …)."""
+        return list(self)
+
+    @staticmethod
+    def from_rows(*tensors: Tensor) -> "Inputs":
+        """What `rows` came from."""
+        return Inputs(*tensors)
 
     @staticmethod
     def cat(inputs: "Iterable[Inputs]") -> "Inputs":
@@ -287,9 +305,7 @@ class Pi0(nn.Module):
         """
         if not self.config.num_cameras:  # text alone: encode each instruction once, however many observations share it
             texts, which = torch.cat((tokens, token_mask.long()), dim=1).unique(dim=0, return_inverse=True)
-            if len(texts) < len(tokens):
-                tokens, mask = texts.chunk(2, dim=1)
-                return self.encode_prefix(None, None, tokens, mask)[which]
+            tokens, token_mask = texts.chunk(2, dim=1)
         x = self.language_model.embed_tokens(tokens) * math.sqrt(self.config.vlm_width)  # (B, L, W)
         mask = token_mask.bool()
         if self.config.num_cameras:
@@ -313,7 +329,8 @@ class Pi0(nn.Module):
         keys, values = torch.stack([*keys, k]), torch.stack([*values, v])  # (depth, B, U, kv_heads * head_dim)
         shape = (*keys.shape[:2], mask.shape[1], keys.shape[3])
         keys, values = (y.new_zeros(shape).index_copy(2, used, y) for y in (keys, values))
-        return Prefix(keys, values, mask, mask.sum(dim=1))
+        prefix = Prefix(keys, values, mask, mask.sum(dim=1))
+        return prefix if self.config.num_cameras else prefix[which]
 
     def encode_images(self, images: Tensor, image_mask: Tensor | None = None) -> Tensor:
         """Camera images (B, N, 3, H, W) in [-1, 1] -> prefix features (B, N * tokens_per_image, vlm_width).

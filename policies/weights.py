@@ -203,7 +203,29 @@ def load_weights(policy: nn.Module, source: Weights | Path, device: torch.device
         raise CheckpointError(
             f"{weights} has NaN or infinite values in {listing(sorted(broken))}; the training diverged, use an earlier one"
         )
+    tensors = {name: divided(tensor, own[name]) for name, tensor in tensors.items()}
     policy.load_state_dict(tensors, assign=any(tensor.is_meta for tensor in own.values()))
+
+
+# -------------------------------------------------------------------- tensors that lie in parts on several processes (FSDP2)
+
+
+def is_divided(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor in one piece; all processes have to ask for it."""
+    return tensor.full_tensor() if is_divided(tensor) else tensor
+
+
+def divided(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, the same in all processes, divided as another one is, if it is of that shape."""
+    if not is_divided(like) or tensor.shape != like.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def is_finite(tensor: Tensor) -> bool:

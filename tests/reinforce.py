@@ -95,6 +95,7 @@ def main(args: Args) -> None:
     run = harness.Run("reinforce", args)
     args, device, K = run.args, run.device, run.args.num_steps
     policy = run.load_policy()
+    run.divide(policy)
     parameters = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, betas=(0.9, 0.95), eps=1e-5)
     solver = dict(num_steps=K, noise_level=args.noise_level)
@@ -106,12 +107,11 @@ def main(args: Args) -> None:
         # ---------------------------------------------------------------------- rollout: one noisy solver step per chunk
         batches, prefixes = [], run.prefixes()
         rollout = run.rollout(run.rng.integers(envs.TRAIN_SEEDS, size=E // G).repeat(G))  # G episodes from each initial state
-        policy.eval()
-        with torch.inference_mode():
+        with run.acting(policy) as acting:
             for turn in rollout:
                 *inputs, state = policy.processor(turn.obs, turn.instructions)
-                prefix = policy.encode_prefix(*inputs)
-                x, *transition = sample(policy, prefix, state, turn, **solver)
+                prefix = acting.encode_prefix(*inputs)
+                x, *transition = sample(acting, prefix, state, turn, **solver)
                 prefixes.remember(inputs, prefix)
                 batches.append(Chunks(state, *transition, turn.episode))
                 turn.act(policy.processor.unnormalize_actions(x[:, : run.execute], turn.obs["state"]))
@@ -119,29 +119,29 @@ def main(args: Args) -> None:
 
         # ---------------------------------------------------------------------- advantages
         chunks = Chunks(*map(torch.cat, zip(*batches)))
-        success, lost, group = rollout.success, rollout.lost, np.arange(E) // G  # (E,)
+        success, lost, group = rollout.success, rollout.lost, np.arange(len(rollout.seeds)) // G  # (E,), this rank's
         group[lost] = -1 - np.flatnonzero(lost)  # nobody is compared with a lost episode, nor learns from it
         advantage = torch.from_numpy(advantages(success, group)).float()[chunks.episode].to(device)  # (M,)
-        used = advantage.nonzero().squeeze(1)
+        keep = advantage.cpu().numpy() != 0
 
         # ---------------------------------------------------------------------- update
         policy.train()
         losses = harness.Averages()
         for parameter_group in optimizer.param_groups:
             parameter_group["lr"] = args.learning_rate * min(1.0, (iteration + 1) / max(1, args.warmup_iterations))
-        for minibatch in used[torch.randperm(len(used), device=device)].chunk(args.num_minibatches) if len(used) else ():
+        for minibatch in run.minibatches(keep):
             optimizer.zero_grad()
-            for mb in minibatch.split(args.micro_batch or len(used)):
+            for mb, share in minibatch:
                 step = chunks.step[mb]
                 v = policy.velocity(prefixes.recall(policy, mb), chunks.state[mb], chunks.x_t[mb], 1 - step / K).float()
                 likelihood = log_prob(chunks.x_next[mb], *flow_sde_step(chunks.x_t[mb], v, step, **solver), run.mask)
-                loss = -(advantage[mb] * likelihood).sum() / len(minibatch)
-                loss.backward()
-                losses.add(dict(policy=loss.detach()), len(mb) / len(minibatch))
+                loss = -(advantage[mb] * likelihood).mean()
+                (share * loss).backward()
+                losses.add(dict(policy=loss.detach()), share)
             if run.clip_gradients(losses, grad_norm=parameters):
                 optimizer.step()
 
-        run.log(rollout, losses, signal=len(used) / len(advantage))
+        run.log(rollout, losses, signal=keep)
         run.evaluate_and_save_when_due()
     run.finish(forward_passes=1)
 

@@ -42,6 +42,7 @@ class Training:
 
     def step(self) -> "Training":
         self.iteration += 1
+        torch.manual_seed(self.iteration)
         for parameter in self.trained["policy"].parameters():
             parameter.grad = torch.randn_like(parameter)
         self.optimizer.step()
@@ -62,7 +63,7 @@ class Training:
         states = self.optimizer.state_dict()["state"]
         moments = [states[index][name] for index in sorted(states) for name in sorted(states[index])]
         weights = [value for policy in self.trained.values() for value in policy.state_dict().values()]
-        tensors = [torch.get_rng_state(), self.unsaved["head"][0], *weights, *moments, *itertools.chain(*self.memory)]
+        tensors = [self.unsaved["head"][0], *weights, *moments, *itertools.chain(*self.memory)]
         return [self.iteration, self.rng.bit_generator.state["state"], *(tensor.clone() for tensor in tensors)]
 
     def resume(self) -> "Training":
@@ -129,7 +130,6 @@ def test_at_every_file_operation_of_a_save_the_run_has_the_old_or_the_new_checkp
         shutil.copytree(start, training.folder, symlinks=True)
 
         def work(number=number):
-            torch.set_rng_state(after[2])
             at_operation(number, training.folder, act)
             training.save()
 
