@@ -350,13 +350,13 @@ def lots():
 
     def make_with_lots(*arguments, **options):
         venv = make(*arguments, **options)
-        step = venv.step
+        step = venv.step_wait
 
-        def step_with_lots(actions):
-            *outcome, info = step(actions)
+        def step_with_lots():
+            *outcome, info = step()
             return *outcome, info | {"success": np.arange(venv.num_envs) % 4 != 1}
 
-        venv.step = step_with_lots
+        venv.step_wait = step_with_lots
         return venv
 
     with mock.patch.object(envs, "make", make_with_lots):
