@@ -85,7 +85,13 @@ def sample(policy: Flow, n: int, *, seed: int, noise_level: float = NOISE, num_s
     """n whole paths (n, num_steps + 1, 1, 2). The same seed gives the same starting noises; noise level 0 is the ODE."""
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)
-        return nft.flow_sde_sample(policy, None, torch.zeros(n, 0), num_steps=num_steps, noise_level=noise_level)[0]
+        noise = draw(n, num_steps)
+        return nft.flow_sde_sample(policy, None, torch.zeros(n, 0), noise, num_steps=num_steps, noise_level=noise_level)[0]
+
+
+def draw(n: int, num_steps: int = K) -> torch.Tensor:
+    """What n paths begin at, and what their steps add: (n, num_steps + 1, 1, 2)."""
+    return torch.stack([torch.randn(n, 1, 2) for _ in range(num_steps + 1)], 1)
 
 
 @torch.no_grad()
@@ -149,7 +155,8 @@ def learn(
     index, zeros = np.arange(episodes), np.zeros(episodes, int)
     for iteration in range(iterations):
         with torch.no_grad():
-            xs, vs = nft.flow_sde_sample(rollout_policy, None, torch.zeros(episodes, 0), **kwargs)  # (B, K(+1), 1, 2)
+            nothing = torch.zeros(episodes, 0)
+            xs, vs = nft.flow_sde_sample(rollout_policy, None, nothing, draw(episodes), **kwargs)  # (B, K(+1), 1, 2)
         success = succeeded(xs[:, -1])
         if random_labels:
             success = torch.rand(episodes) < run.success[0]

@@ -21,7 +21,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, distributed
-from tqdm import tqdm
 
 from pi_stepnft.policies.weights import is_divided
 
@@ -71,7 +70,7 @@ def tell(message: str) -> None:
         with contextlib.suppress(RuntimeError):  # torchrun is gone
             first = store().add("told", 1) == 1
     if first:
-        tqdm.write(message, sys.stderr)
+        print(message, file=sys.stderr)
 
 
 def others_are_gone() -> bool:

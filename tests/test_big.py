@@ -273,6 +273,7 @@ BRIEF = (
 ).split()
 
 
+@pytest.mark.slow
 def test_a_lora_run_in_bfloat16_is_resumed_as_if_never_interrupted(checkpoints, tmp_path):  # noqa: F811
     arguments = [*BRIEF, "--checkpoint", checkpoints["state"], "--train", "lora", "--dtype", "bfloat16", "--lora-rank", 4,
                  "--gradient-checkpointing", "--micro-batch", 3]

@@ -464,7 +464,7 @@ def test_films_repeat_the_evaluated_episodes(evaluated):
     assert all(episode.frames.std() > 5 for episode in replays)
 
 
-def test_what_is_there_is_not_repeated(arguments, evaluated, trained, tmp_path):
+def test_what_is_there_is_not_repeated(arguments, evaluated, trained, tmp_path, capsys):
     folder, output, _ = evaluated
     times = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.suffix in (".npz", ".mp4")}
     with mock.patch.object(envs, "make", side_effect=AssertionError("nothing is left to simulate")):
@@ -475,7 +475,7 @@ def test_what_is_there_is_not_repeated(arguments, evaluated, trained, tmp_path):
     for more in (["--eval-seed", 7], ["--episodes", 4], ["--execute", 3]):
         with mock.patch.object(envs, "make", side_effect=envs.EnvError("to be simulated")), pytest.raises(SystemExit) as stop:
             run("evaluate", *arguments, *more, "--output", output, cwd=folder)
-        assert stop.value.code == "error: to be simulated"
+        assert stop.value.code == 1 and "error: to be simulated\n" in capsys.readouterr().err
 
 
 def test_an_interruption_keeps_what_is_complete(arguments, evaluated, tmp_path):

@@ -249,6 +249,7 @@ def test_an_iteration_without_contrast_changes_nothing(state_run, checkpoints, t
     assert same(weights(folder / "policy"), weights(checkpoints["state"]))
 
 
+@pytest.mark.slow
 def test_resuming_follows_the_runs_own_arguments(state_run, checkpoints, tmp_path):
     straight, _ = state_run
     folder = shutil.copytree(straight, tmp_path / "runs" / straight.name, symlinks=True)
@@ -330,6 +331,7 @@ def test_the_ablations_change_what_they_say(sampler, state_run, tmp_path):
     assert np.isfinite(rankings).all() and rankings[0] != rankings[1]
 
 
+@pytest.mark.slow
 def test_the_time_limit_is_for_one_sitting(state_run, tmp_path):
     """A run that the clock ended goes on where it stopped, by as much again."""
     _, arguments = state_run
@@ -356,6 +358,7 @@ def test_a_short_sft_writes_a_policy_that_knows_its_data(tmp_path):
     assert list(scalars(only_run(tmp_path))["losses/flow"]) == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 def test_pi05_learns_to_read_and_then_from_demonstrations(tmp_path):
     """The whole way to a π0.5 policy: pre-training that reads numbers, few-shot SFT on it, with the state in the prompt."""
     options = "--obs-mode state --num-threads 1"

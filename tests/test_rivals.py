@@ -387,7 +387,7 @@ def straight(checkpoints, tmp_path_factory):  # noqa: F811
         return {name: start(folder / name, name, *arguments, *EXACT.get(name, ())) for name in MODULES}
 
 
-@EACH
+@pytest.mark.parametrize("name", ["grpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("nft", "rft"))])
 def test_a_run_is_resumed_as_if_never_stopped(name, straight, checkpoints, draw_lots, tmp_path):  # noqa: F811
     whole, one = straight[name], ["--iterations", 1, *EXACT.get(name, ())]
     arguments = [name, "--checkpoint", checkpoints["state"], *one]
