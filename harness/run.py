@@ -172,12 +172,13 @@ class Training:
                 signal.signal(name, self._stop)
         bar = dict(desc=self.algorithm.upper(), smoothing=0.1, disable=ranks.RANK > 0)
         self._bar = tqdm(total=self.total, initial=self.iteration, **bar)
+        self._in_iteration = True
         while self.iteration < self.total and not 0 < limit < self.trained_s - before and not self._stopped:
             torch.manual_seed(ranks.seed(self.args.seed, self.iteration))
-            self._began, self._laps, self._in_iteration = time.time(), {}, True
+            self._began, self._laps = time.time(), {}
             yield self.iteration
-            self._in_iteration = False
-            self._stopped = max(ranks.gather(self._asked))
+            self._stopped = max(ranks.gather(self._asked))  # who is signalled while it waits for the others stops one later
+        self._in_iteration = False
         self._bar.close()
         if self._saved != self.iteration:  # the time was up
             self.save()
