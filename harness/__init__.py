@@ -25,6 +25,7 @@ from pi_stepnft.harness.args import (
     env_options,
     parse,
 )
+from pi_stepnft.harness.rollout import Rollout, Turn
 from pi_stepnft.harness.run import (
     Averages,
     Run,
@@ -45,8 +46,8 @@ from pi_stepnft.harness.run import (
 from pi_stepnft.harness.storage import Prefixes, Rows, memory_gb
 
 __all__ = [
-    "Averages", "Batch", "Count", "CountOrZero", "Positive", "PositiveOrZero", "Prefixes", "RLArgs", "Rows", "Run", "RunArgs",
-    "RunError", "Seconds", "Seed", "Share", "Size", "SizeOrZero", "TaskArgs", "Text", "TrainArgs", "Training", "adapt", "check",
-    "check_fit", "check_task", "choose_device", "command", "command_line", "commit", "env_options", "make_envs",
+    "Averages", "Batch", "Count", "CountOrZero", "Positive", "PositiveOrZero", "Prefixes", "RLArgs", "Rollout", "Rows", "Run",
+    "RunArgs", "RunError", "Seconds", "Seed", "Share", "Size", "SizeOrZero", "TaskArgs", "Text", "TrainArgs", "Training", "Turn",
+    "adapt", "check", "check_fit", "check_task", "choose_device", "command", "command_line", "commit", "env_options", "make_envs",
     "memory_gb", "one_line_errors", "parse", "ranks", "set_up", "slug", "task_name",
 ]

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, distributed
+from tqdm import tqdm
 
 from pi_stepnft.policies.weights import is_divided
 
@@ -70,6 +71,8 @@ def tell(message: str) -> None:
         with contextlib.suppress(RuntimeError):  # torchrun is gone
             first = store().add("told", 1) == 1
     if first:
+        for bar in list(getattr(tqdm, "_instances", ())):  # on a line of its own
+            bar.close()
         print(message, file=sys.stderr)
 
 

@@ -381,21 +381,15 @@ class Run(Training):
 
     # ------------------------------------------------------------------------------------------------ from start to end
 
-    def begin(
-        self,
-        trained: dict[str, policies.Pi0],
-        optimizer: torch.optim.Optimizer,
-        unsaved: dict[str, list[torch.Tensor]] | None = None,
-        memory: deque[list[torch.Tensor]] | None = None,
-    ) -> None:
-        """As every training's; the start is evaluated."""
+    def begin(self, trained: dict[str, policies.Pi0], optimizer: torch.optim.Optimizer, **kept: Any) -> None:
+        """As every training's; the start is evaluated. kept: its unsaved and memory."""
         told = dict(execute=self.execute, num_steps=self.args.num_steps)
         if self.args.env_options:
             told["env_options"] = list(self.args.env_options)
         for policy in trained.values():
             policy.meta = policy.meta | told
         base = self.checkpoint if policies.layouts.is_hub_id(self.checkpoint) else Path(self.checkpoint).name
-        super().begin(trained, optimizer, unsaved, memory, total=self.args.iterations, base=base)
+        super().begin(trained, optimizer, **kept, total=self.args.iterations, base=base)
         if not self.curve:
             print(f"before: {self.evaluate('before')}")
 
@@ -684,6 +678,9 @@ def one_line_errors(hint: str = "") -> Iterator[None]:
     """End the program with one line, not a traceback, for what a user can put right. hint: what an interruption leaves."""
     try:
         yield
+    except BrokenPipeError:  # who reads this has seen enough, as `head` has
+        sys.stdout = open(os.devnull, "w")
+        sys.exit(128 + signal.SIGPIPE)
     except (RunError, envs.EnvError, policies.CheckpointError, OSError) as error:  # OSError: a full disk, a folder that is not ours
         ranks.tell(f"error: {' '.join(str(error).splitlines())}")
         sys.exit(1)

@@ -61,7 +61,9 @@ def flow_sde_step(
     return mean, sigma * delta**0.5
 
 
-def sample(policy: policies.Pi0, prefix: policies.Prefix, state: torch.Tensor, turn, **solver: float) -> tuple[torch.Tensor, ...]:
+def sample(
+    policy: policies.Pi0, prefix: policies.Prefix, state: torch.Tensor, turn: harness.Turn, **solver: float
+) -> tuple[torch.Tensor, ...]:
     """Action chunks (B, H, A) by the ODE but for one random step of each, and that step: x_t, x_next, its number (B,)."""
     K = solver["num_steps"]
     (x, noise), noisy = turn.noise(2).unbind(1), turn.integers(K)

@@ -422,3 +422,12 @@ def test_a_program_looks_at_its_arguments_before_it_imports_what_takes_seconds()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and done.stderr == "error: --seed must be a whole number, got 'x'\n"
     assert not {"transformers", "matplotlib", "tensorboard", "imageio", "mani_skill", "sapien", "mujoco"} & set(done.stdout.split())
+
+
+def test_a_reader_that_has_seen_enough_is_no_mistake():
+    """As `head` is, of --help."""
+    end, pipe = os.pipe()
+    os.close(end)
+    done = subprocess.run([sys.executable, ROOT / "algos" / "rft.py", "--help"], stdout=pipe, stderr=subprocess.PIPE, text=True)
+    os.close(pipe)
+    assert (done.returncode, done.stderr) == (141, "")
