@@ -16,8 +16,8 @@ help: ## show this list
 run: $(VENV)/.installed vulkan ## set up what is missing, then train π0 with π-StepNFT on PickCube-v1
 	$(BIN)/python algos/stepnft_pi0.py --env-id PickCube-v1 $(ARGS)
 
-test: $(VENV)/.installed-test vulkan osmesa ## set up what is missing, then run the fast tests (slow ones: ARGS="-m slow")
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.installed-test vulkan osmesa ## set up what is missing, then run the fast tests (slow ones: ARGS="-n 0 -m slow")
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(VENV)/.installed-test ## check the code with ruff
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
-"""Several ranks do the work of one process: its episodes, its gradients, its files. Ranks are forks of this process; torchrun's own
-part, which takes a while to start, is in the slow tests."""
+"""Several ranks do the work of one process: its episodes, its gradients, its files. Ranks are forks of a process that has imported
+what they need; torchrun's own part, which takes a while to start, is in the slow tests."""
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -12,13 +13,10 @@ import sys
 import time
 from pathlib import Path
 
-import matplotlib.pyplot  # noqa: F401 - what forks would else import again and again
 import numpy as np
 import pytest
 import reinforce
 import torch
-import torch.distributed.fsdp
-import torch.utils.tensorboard  # noqa: F401
 import toy_simulator
 from safetensors.torch import load_file
 
@@ -58,22 +56,28 @@ def checkpoint(tmp_path_factory) -> str:
     return str(folder)
 
 
+CLEAN = multiprocessing.get_context("forkserver")
+"""Ranks are forked from a process that has no threads: in a fork of this one the locks that threads hold would be held for ever."""
+CLEAN.set_forkserver_preload(["matplotlib.pyplot", "torch.distributed.fsdp", "torch.utils.tensorboard", "pi_stepnft.algos.ppo"])
+
+
+def work(rank: int, size: int, port: int, environment: dict, pipe, function, arguments, options) -> None:
+    os.environ |= environment | dict(MASTER_ADDR="localhost", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size))
+    torch.set_num_threads(1)
+    ranks.RANK, ranks.SIZE = rank, size
+    ranks.start(torch.device("cpu"))
+    envs.SIMULATORS["toy"] = toy_simulator.Toy()
+    pipe.send(function(*arguments, **options))
+
+
 def in_ranks(function, *arguments, size: int = 2, **options) -> list:
-    """What a function returns in each of `size` ranks, which are forks of this process."""
+    """What a function of a module returns in each of `size` ranks."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    fork = multiprocessing.get_context("fork")
-    pipes = [fork.Pipe(duplex=False) for _ in range(size)]
-
-    def work(rank: int) -> None:
-        torch.set_num_threads(1)
-        ranks.RANK, ranks.SIZE = rank, size
-        os.environ |= dict(MASTER_ADDR="localhost", MASTER_PORT=port, RANK=str(rank), WORLD_SIZE=str(size))
-        ranks.start(torch.device("cpu"))
-        pipes[rank][1].send(function(*arguments, **options))
-
-    processes = [fork.Process(target=work, args=(rank,)) for rank in range(size)]
+        port = free.getsockname()[1]
+    pipes = [CLEAN.Pipe(duplex=False) for _ in range(size)]
+    common = function, arguments, options
+    processes = [CLEAN.Process(target=work, args=(rank, size, port, dict(os.environ), pipes[rank][1], *common)) for rank in range(size)]
     for process in processes:
         process.start()
     for _, end in pipes:
@@ -125,9 +129,17 @@ def test_gradients_of_two_ranks_are_those_of_one_process(divide):
         assert told == pytest.approx(means, rel=1e-6)
 
 
+class TwoTasks(toy_simulator.Point):
+    def __init__(self, spec: toy_simulator.ToySpec, task: str):
+        super().__init__(spec)
+        self.task = task
+
+
 def outcomes(size: int) -> list:
     """Of an evaluation of a policy that heads for the goal, not very well, in two tasks with four environments together."""
-    venv = envs.make("Point-v0", 4 // size, obs_mode="state", num_workers=0, speed=0.2, chunk=4, among=(4 // size * ranks.RANK, 4))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toy_simulator.ToySpec, "create", lambda spec, slot, num_envs: TwoTasks(spec, "ab"[slot * 2 // num_envs]))
+        venv = envs.make("Point-v0", 4 // size, obs_mode="state", num_workers=0, speed=0.2, chunk=4, among=(4 // size * ranks.RANK, 4))
 
     def act(obs, instructions, turns):
         noise = np.stack([np.random.default_rng(turn).normal(size=(4, 2)) for turn in turns])
@@ -137,13 +149,7 @@ def outcomes(size: int) -> list:
     return [venv.tasks, *vars(evaluate(venv, act, 11, execute=4)).values()]
 
 
-def test_an_evaluation_of_two_ranks_is_that_of_one_process_episode_by_episode(monkeypatch):
-    class TwoTasks(toy_simulator.Point):
-        def __init__(self, spec, task):
-            super().__init__(spec)
-            self.task = task
-
-    monkeypatch.setattr(toy_simulator.ToySpec, "create", lambda spec, slot, num_envs: TwoTasks(spec, "ab"[slot * 2 // num_envs]))
+def test_an_evaluation_of_two_ranks_is_that_of_one_process_episode_by_episode():
     tasks, success, steps, *expected = outcomes(1)
     assert tasks == [*"aabb"] and 0 < success.sum() < 11
     first, second = in_ranks(outcomes, 2)
@@ -153,24 +159,26 @@ def test_an_evaluation_of_two_ranks_is_that_of_one_process_episode_by_episode(mo
             np.testing.assert_array_equal(value, wanted)
 
 
-def test_means_and_sums_are_over_all_ranks():
-    def told():
-        losses = harness.Averages()
-        if ranks.RANK:
-            losses.add(dict(loss=4.0), 0.75)
-        losses.add(dict(loss=8.0, rare=float(ranks.RANK)), 0.25 * (1 - ranks.RANK))
-        values = np.arange(3.0) if ranks.RANK else torch.zeros(0)
-        return losses.means(), ranks.mean(values), ranks.total(np.full(2, ranks.RANK + 1)).tolist(), ranks.first(lambda: ranks.RANK)
+def statistics() -> tuple:
+    losses = harness.Averages()
+    if ranks.RANK:
+        losses.add(dict(loss=4.0), 0.75)
+    losses.add(dict(loss=8.0, rare=float(ranks.RANK)), 0.25 * (1 - ranks.RANK))
+    values = np.arange(3.0) if ranks.RANK else torch.zeros(0)
+    return losses.means(), ranks.mean(values), ranks.total(np.full(2, ranks.RANK + 1)).tolist(), ranks.first(lambda: ranks.RANK)
 
-    assert in_ranks(told) == [(dict(loss=5.0, rare=0.0), 1.0, [3, 3], 0)] * 2
+
+def test_means_and_sums_are_over_all_ranks():
+    assert in_ranks(statistics) == [(dict(loss=5.0, rare=0.0), 1.0, [3, 3], 0)] * 2
     assert np.isnan(ranks.mean(np.zeros(0)))
 
 
 # ------------------------------------------------------------------------------------------------------------ trainings
 
 
-def train(module, folder: Path, **options) -> None:
+def train(program: str, folder: Path, **options) -> None:
     os.chdir(folder)
+    module = importlib.import_module(program)
     module.main(module.Args(**OPTIONS | options))
 
 
@@ -208,7 +216,7 @@ def test_two_ranks_do_the_work_of_one_process(case, checkpoint, tmp_path):
     for name, size, fsdp in (("plain", 2 if module is nft else 1, False), ("ranks", 2, "fsdp" in case)):
         folder = tmp_path / name
         folder.mkdir()
-        in_ranks(train, module, folder, size=size, **options, checkpoint=checkpoint, fsdp=fsdp)
+        in_ranks(train, module.__name__, folder, size=size, **options, checkpoint=checkpoint, fsdp=fsdp)
         results.append(files(folder))
     (one, expected), (two, found) = results
     for name in ("env_steps", "before", "lost_episodes", "parameters_trained"):
@@ -227,12 +235,12 @@ def test_two_ranks_do_the_work_of_one_process(case, checkpoint, tmp_path):
 def test_a_run_goes_on_with_another_number_of_ranks(sizes, checkpoint, tmp_path):
     """RFT's replay, which each rank has of its own episodes, goes with it."""
     options = dict(checkpoint=checkpoint, num_minibatches=2, rollout_epochs=5)
-    in_ranks(train, rft, tmp_path, size=sizes[0], **options)
+    in_ranks(train, rft.__name__, tmp_path, size=sizes[0], **options)
     (run,) = (tmp_path / "runs").iterdir()
     before, held = files(tmp_path)
     replay = {name: tensor for name, tensor in held.items() if "memory.0." in name}
     assert len(replay) == 7 and len({len(tensor) for tensor in replay.values()}) == 1
-    in_ranks(train, rft, tmp_path, size=sizes[1], **options | dict(iterations=2, resume=str(run)))
+    in_ranks(train, rft.__name__, tmp_path, size=sizes[1], **options | dict(iterations=2, resume=str(run)))
     after, held = files(tmp_path)
     assert after["iterations"] == 2 and after["env_steps"] > before["env_steps"] and after["before"] == before["before"]
     assert all(torch.equal(held[name], tensor) for name, tensor in replay.items())
