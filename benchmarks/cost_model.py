@@ -248,7 +248,9 @@ def main(args: Args) -> None:
         policies.save(middle, folder)
         setups = {f"tiny, {mode}": Pieces(policy, [8, 32, 128], 32, obs_mode=mode, num_envs=16) for mode, policy in tiny.items()}
         setups["107 M, rgb"] = Pieces(middle, [2, 4, 8], 16, obs_mode="rgb", num_envs=4)
+        load = [os.getloadavg()[0]]  # before, after the pieces, after the runs
         found = measure(setups, rounds)
+        load.append(os.getloadavg()[0])
         more = f"--iterations {iterations}" + " --num-envs 32 --rollout-epochs 2" * args.quick
         options = {f"tiny, {mode}": f"--obs-mode {mode} {more}" for mode in tiny}
         options["107 M, rgb"] = (  # binary labels: where nothing succeeds, others have nothing to teach
@@ -257,7 +259,7 @@ def main(args: Args) -> None:
         runs = {name: compare(found[name], setups[name], text) for name, text in options.items()}
     machine = dict(cores=envs.num_cores(), processor=platform.machine(), python=platform.python_version(), torch=torch.__version__)
     record = dict(
-        commit=harness.commit(), machine=machine, quick=args.quick, rounds=rounds, load=os.getloadavg()[0],
+        commit=harness.commit(), machine=machine, quick=args.quick, rounds=rounds, load=[*load, os.getloadavg()[0]],
         pieces=found, lines={name: {piece: line(each, piece) for piece in ("prefix", "pass", "update")}
                              for name, each in found.items() if name in setups},
         runs=runs, **cost_paper.everything(found["rgb 224 px"]),
