@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -19,6 +20,7 @@ sys.path.pop(0)
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from pi_stepnft import envs, harness, policies
 from pi_stepnft.harness import Count, CountOrZero, Positive, PositiveOrZero, Share
@@ -57,18 +59,23 @@ class Args(harness.RLArgs):
     sampler: Literal["sde", "ode"] = "sde"
     """sde: noise on every solver step; ode: none but the initial one, with unit variance in the loss (needs --target x0 or mean)"""
     group_size: Count = 16
-    """episodes from one initial state (authors: 1; label group needs more)"""
+    """episodes from one initial state (authors: 1; label group needs more, predicted does not)"""
 
     # what is learned from
     transitions: Literal["random", "all"] | int = "all"
     """which solver transitions of a chunk to learn from: one random (the paper), all K (same environment cost), or this step"""
-    labels: Literal["binary", "group", "gae"] = "group"
-    """binary: ±1 by success (the paper); group: success relative to the episodes from the same initial state; gae: generalised
-    advantages with their share of success as the value"""
-    gamma: Share = 0.99
-    """discount per chunk of label gae (as the authors' PPO)"""
-    gae_lambda: Share = 0.95
-    """λ of label gae (as the authors' PPO)"""
+    labels: Literal["binary", "group", "predicted"] = "group"
+    """binary: ±1 by success (the paper); group: success relative to the episodes from the same initial state; predicted: how much
+    a chunk changes the chance of success, which a small network, a critic, learns to predict (with --group-size 1)"""
+    gae_lambda: Share = 0.7
+    """λ of label predicted: 0 believes the predictions, 1 the outcome"""
+
+    predictor_iterations: Count = 8
+    """iterations whose outcomes the predictor learns from"""
+    predictor_epochs: Count = 4
+    """passes over them per iteration"""
+    predictor_learning_rate: Positive = 1e-3
+    """Adam's for the predictor"""
 
     # update
     update_epochs: Count = 1
@@ -103,7 +110,7 @@ class Args(harness.RLArgs):
 
 def check(args: Args) -> None:
     """Raise RunError, in one line, for arguments that do not go together."""
-    if args.labels != "binary" and args.group_size < 2:
+    if args.labels == "group" and args.group_size < 2:
         raise harness.RunError(f"--labels {args.labels} compares episodes from one initial state: give --group-size of at least 2")
     if isinstance(args.transitions, int) and not 0 <= args.transitions < args.num_steps:
         raise harness.RunError(f"--transitions {args.transitions} is no solver step: they go from 0 to {args.num_steps - 1}")
@@ -122,6 +129,7 @@ class Chunks(NamedTuple):
     v: torch.Tensor  # (M, K, H, A) θ_old's velocities along it
     episode: torch.Tensor  # (M,) which of the iteration's episodes it belongs to
     turn: torch.Tensor  # (M,) how many chunks that episode had before it
+    seen: torch.Tensor  # (M, W) what the predictor judges by; nothing, W = 0, without one
 
 
 def flow_sde_step(
@@ -250,29 +258,60 @@ def ablation_target(
 
 
 def chunk_labels(
-    success: np.ndarray, group: np.ndarray, episode: np.ndarray, turn: np.ndarray, kind: str, *, gamma=1.0, gae_lambda=1.0
+    success: np.ndarray, group: np.ndarray, episode: np.ndarray, turn: np.ndarray, kind: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Labels y in [-1, 1] of M chunks, and which of them carry signal (M,) bool.
+    """Labels y in [-1, 1] of M chunks by the outcome alone, and which of them carry signal (M,) bool.
 
     success, group: (E,) outcome and initial state of each episode; episode, turn: (M,) which episode a chunk belongs to, and how
     many chunks came before it there. "binary": ±1 by the episode's success (the paper). "group": success compared with the share p
     of success among the episodes from the same initial state that were still running at this turn,
     y = (success − p) / max(p, 1 − p), whose mean is zero. Where all of them succeed, or none does, the outcome tells nothing about
-    the actions, and the chunks are dropped. "gae": the generalised advantage, with p as the value, in place of success − p, which
-    it is for gamma = gae_lambda = 1; the quotient is clipped to [-1, 1].
+    the actions, and the chunks are dropped.
     """
     y = success[episode].astype(float)  # (M,)
     if kind == "binary":
         return 2 * y - 1, np.ones(len(y), bool)
     _, peers = np.unique(np.stack([group[episode], turn]), axis=1, return_inverse=True)  # (M,)
     p = (np.bincount(peers, weights=y) / np.bincount(peers))[peers]
-    advantage = y - p
-    if kind == "gae":
-        order = np.lexsort((-turn, episode))  # from each episode's last chunk to its first
-        for i, later in zip(order, np.concatenate(([-1], order))):
-            if later >= 0 and episode[later] == episode[i]:  # no reward between chunks: δ = γ·p′ − p
-                advantage[i] = gamma * p[later] - p[i] + gamma * gae_lambda * advantage[later]
-    return np.clip(advantage / np.maximum(p, 1 - p), -1, 1), (p > 0) & (p < 1)
+    return (y - p) / np.maximum(p, 1 - p), (p > 0) & (p < 1)
+
+
+class SuccessPredictor(nn.Module):
+    """The chance that an episode will succeed, from what the policy offers a critic, the state and the time; one half at first."""
+
+    def __init__(self, policy: policies.Pi0):
+        super().__init__()
+        width = policy.critic_width + policy.config.state_dim + 1
+        self.net = nn.Sequential(nn.Linear(width, 128), nn.GELU(), nn.Linear(128, 128), nn.GELU(), nn.Linear(128, 1))
+        nn.init.zeros_(self.net[-1].weight)
+        nn.init.zeros_(self.net[-1].bias)
+
+    def sees(
+        self, policy: policies.Pi0, prefix: policies.Prefix, state: torch.Tensor, noise: torch.Tensor, time: torch.Tensor
+    ) -> torch.Tensor:
+        """state: (B, S) normalised; noise: (B, H, A), where the solver's path begins; time: (B,) share of the episode that is over.
+        -> (B, width)"""
+        features = policy.features(prefix, state, noise, torch.ones(len(noise), device=noise.device))
+        return torch.cat((policy.critic_features(prefix, features), state, time.to(state)[:, None]), 1)
+
+    def forward(self, seen: torch.Tensor) -> torch.Tensor:
+        """seen (B, width) -> logits (B,)"""
+        return self.net(seen).squeeze(-1)
+
+
+def advantages(p: np.ndarray, success: np.ndarray, episode: np.ndarray, turn: np.ndarray, gae_lambda: float) -> np.ndarray:
+    """How much each of M chunks changes the chance of success: generalised advantages (arXiv 1506.02438) without discount, (M,).
+
+    p, episode, turn: (M,) predicted chance before a chunk, which episode it belongs to, and how many chunks came before it there;
+    success: (E,). The change p′ − p to the next chunk's p′, or to the outcome after the last one, and λ times what follows.
+    """
+    advantage, order = np.zeros(len(p)), np.lexsort((-turn, episode))  # from each episode's last chunk to its first
+    for i, later in zip(order, np.concatenate(([-1], order))):
+        if later >= 0 and episode[later] == episode[i]:
+            advantage[i] = p[later] - p[i] + gae_lambda * advantage[later]
+        else:
+            advantage[i] = success[episode[i]] - p[i]
+    return advantage
 
 
 def ema_decay(iteration: int, start: float, end: float, horizon: int) -> float:
@@ -300,15 +339,20 @@ def main(args: Args) -> None:
     rollout_policy = copy.deepcopy(policy, {id(p): p for p in policy.parameters() if not p.requires_grad})
     run.divide(policy, rollout_policy)
     parameters, rollout_parameters = ([p for p in w.parameters() if p.requires_grad] for w in (policy, rollout_policy))
+    predictor = SuccessPredictor(policy).to(device)
+    predicting = list(predictor.parameters()) if args.labels == "predicted" else []
+    groups = [dict(params=parameters), dict(params=predicting, lr=args.predictor_learning_rate)]
     fused = device.type == "cuda"  # no temporary copies
-    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, betas=(0.9, 0.95), eps=1e-5, fused=fused)  # the authors'
+    optimizer = torch.optim.Adam(groups, lr=args.learning_rate, betas=(0.9, 0.95), eps=1e-5, fused=fused)  # the authors'
+    memory = deque(maxlen=args.predictor_iterations)  # what was seen in the last iterations, and what came of it
     if args.compile:
         policy.velocity, rollout_policy.velocity = torch.compile(policy.velocity), torch.compile(rollout_policy.velocity)
     mask = run.mask if args.mask_padding else torch.ones_like(run.mask)
     std_eps = 1.0 if args.sampler == "ode" else args.std_eps  # ode: the variance is 0 + 1
     run.make_envs(policy)
     E, G = args.num_envs * args.rollout_epochs, args.group_size
-    run.begin(dict(policy=policy, rollout_policy=rollout_policy), optimizer)
+    run.begin(dict(policy=policy, rollout_policy=rollout_policy), optimizer,
+              unsaved=dict(predictor=predicting), memory=memory)
 
     for iteration in run.iterations():
         # ---------------------------------------------------------------------- rollout: explore with θ_old, remember transitions
@@ -322,8 +366,11 @@ def main(args: Args) -> None:
                 *inputs, state = policy.processor(turn.obs, turn.instructions)
                 prefix = acting.encode_prefix(*inputs)
                 x, v = flow_sde_sample(acting, prefix, state, turn.noise(K + 1), **solver)
+                seen = state[:, :0]
+                if predicting:
+                    seen = predictor.sees(acting, prefix, state, x[:, 0], turn.number / rollout.rewards.shape[1])
                 prefixes.remember(inputs, prefix)
-                batches.append(Chunks(state, x, v, turn.episode, turn.number))
+                batches.append(Chunks(state, x, v, turn.episode, turn.number, seen))
                 turn.act(policy.processor.unnormalize_actions(x[:, -1, : run.execute], turn.obs["state"]))
         run.lap("rollout")
 
@@ -332,8 +379,27 @@ def main(args: Args) -> None:
         success, lost, group = rollout.success, rollout.lost, np.arange(len(rollout.seeds)) // G  # (E,), this rank's
         group[lost] = -1 - np.flatnonzero(lost)  # nobody is compared with a lost episode
         episode, turn = chunks.episode.numpy(), chunks.turn.numpy()
-        labels, keep = chunk_labels(success, group, episode, turn, args.labels, gamma=args.gamma, gae_lambda=args.gae_lambda)
-        keep &= ~lost[episode]  # (M,) chunks to learn from
+        losses, keep = harness.Averages(), ~lost[episode]  # (M,) chunks to learn from
+        if predicting:  # with what it has learned from earlier iterations: of these episodes it knows no outcome
+            with torch.no_grad():
+                p = predictor(chunks.seen).sigmoid().cpu().numpy()
+            advantage = advantages(p, success, episode, turn, args.gae_lambda)
+            labels = np.clip(advantage / (2 * run.mean(advantage[keep] ** 2) ** 0.5 + 1e-8), -1, 1)
+            used, outcome = torch.from_numpy(keep).to(device), torch.from_numpy(success[episode]).float().to(device)
+            memory.append([chunks.seen[used], outcome[used]])
+            seen, outcome = map(torch.cat, zip(*memory))
+            for _ in range(args.predictor_epochs):
+                for minibatch in run.minibatches(np.ones(len(seen), bool)):
+                    optimizer.zero_grad()
+                    for row, share in minibatch:
+                        loss = F.binary_cross_entropy_with_logits(predictor(seen[row]), outcome[row])
+                        (share * loss).backward()
+                        losses.add(dict(predictor=loss.detach()), share)
+                    if run.clip_gradients(losses, predictor_grad_norm=predicting):
+                        optimizer.step()
+        else:
+            labels, signal = chunk_labels(success, group, episode, turn, args.labels)
+            keep &= signal
         y, M = torch.from_numpy(labels).float().to(device), len(labels)
         steps = torch.arange(K, device=device).expand(M, K)  # (M, n) transitions of each
         if args.transitions == "random":
@@ -343,9 +409,7 @@ def main(args: Args) -> None:
 
         # ---------------------------------------------------------------------- update θ
         policy.train()
-        losses = harness.Averages()
-        for parameter_group in optimizer.param_groups:
-            parameter_group["lr"] = args.learning_rate * min(1.0, (iteration + 1) / max(1, args.warmup_iterations))
+        optimizer.param_groups[0]["lr"] = args.learning_rate * min(1.0, (iteration + 1) / max(1, args.warmup_iterations))
         for _ in range(args.update_epochs):
             for minibatch in run.minibatches(keep):  # none where no group has contrast
                 optimizer.zero_grad()

@@ -56,7 +56,7 @@ WORDS = [
     ("stepnft_pi0", f"--seed {'9' * 5000}", "--seed must be a whole number, got '9999"),
     ("stepnft_pi0", "--video=1", "--video takes no value, got '1'"),
     ("stepnft_pi0", "--no-videos", "unknown option --no-videos; did you mean --no-video"),
-    ("stepnft_pi0", "--labels best", "--labels must be 'binary', 'group' or 'gae', got 'best'"),
+    ("stepnft_pi0", "--labels best", "--labels must be 'binary', 'group' or 'predicted', got 'best'"),
     ("stepnft_pi0", "--transitions some", "--transitions must be 'random' or 'all' or a whole number, got 'some'"),
     ("stepnft_pi0", "--noise-end low", "--noise-end must be a number, got 'low'"),
     ("stepnft_pi0", "--paper", "--paper must be 'maniskill' or 'libero', and nothing is given"),
@@ -146,7 +146,7 @@ RANGES = [
 TOGETHER = [
     ("stepnft_pi0", "--num-envs 10 --group-size 4", "--num-envs 10 must be a multiple of --group-size 4"),
     ("stepnft_pi0", "--labels group --group-size 1", "--labels group compares episodes"),
-    ("stepnft_pi0", "--labels gae --group-size 1", "--labels gae compares episodes"),
+    ("stepnft_pi0", "--gae-lambda 1.1", "--gae-lambda must be at most 1"),
     ("stepnft_pi0", "--sampler ode", "--target x0 or mean"),
     ("stepnft_pi0", "--train lora --prefix-cache device", "--prefix-cache device needs a frozen VLM"),
     ("ppo", "--noise-min 0.2 --noise-max 0.1", "--noise-max 0.1 must not be less than --noise-min 0.2"),

@@ -1,6 +1,7 @@
 """Facts about the model cards that checkpoints carry."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -34,6 +35,15 @@ def test_a_saved_policy_has_a_card_that_the_hub_reads(policy, tmp_path):
         assert text in found.text
     policies.export(policy, tmp_path / "openpi", asset_id="lab/data")
     assert (tmp_path / "openpi" / "README.md").read_text() == (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", policies.bundled())
+def test_what_ships_has_its_card(name):
+    policy = policies.load(name)
+    found = (policies.checkpoint.BUNDLED / name / "README.md").read_text()
+    assert [*ModelCard(found).data.tags][3:] == [key for key, value in policy.meta.items() if isinstance(value, dict)]
+    version = re.compile(r"π-StepNFT [\d.]+")
+    assert version.sub("", found) == version.sub("", card(policy))
 
 
 def test_the_success_is_that_of_the_last_training(policy):

@@ -61,13 +61,13 @@ CLEAN = multiprocessing.get_context("forkserver")
 CLEAN.set_forkserver_preload(["matplotlib.pyplot", "torch.distributed.fsdp", "torch.utils.tensorboard", "pi_stepnft.algos.ppo"])
 
 
-def work(rank: int, size: int, port: int, environment: dict, pipe, function, arguments, options) -> None:
+def work(rank: int, size: int, end, port: int, environment: dict, function, arguments, options) -> None:
     os.environ |= environment | dict(MASTER_ADDR="localhost", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size))
     torch.set_num_threads(1)
     ranks.RANK, ranks.SIZE = rank, size
     ranks.start(torch.device("cpu"))
     envs.SIMULATORS["toy"] = toy_simulator.Toy()
-    pipe.send(function(*arguments, **options))
+    end.send(function(*arguments, **options))
 
 
 def in_ranks(function, *arguments, size: int = 2, **options) -> list:
@@ -76,8 +76,8 @@ def in_ranks(function, *arguments, size: int = 2, **options) -> list:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     pipes = [CLEAN.Pipe(duplex=False) for _ in range(size)]
-    common = function, arguments, options
-    processes = [CLEAN.Process(target=work, args=(rank, size, port, dict(os.environ), pipes[rank][1], *common)) for rank in range(size)]
+    common = port, dict(os.environ), function, arguments, options
+    processes = [CLEAN.Process(target=work, args=(rank, size, end, *common)) for rank, (_, end) in enumerate(pipes)]
     for process in processes:
         process.start()
     for _, end in pipes:
@@ -139,7 +139,8 @@ def outcomes(size: int) -> list:
     """Of an evaluation of a policy that heads for the goal, not very well, in two tasks with four environments together."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(toy_simulator.ToySpec, "create", lambda spec, slot, num_envs: TwoTasks(spec, "ab"[slot * 2 // num_envs]))
-        venv = envs.make("Point-v0", 4 // size, obs_mode="state", num_workers=0, speed=0.2, chunk=4, among=(4 // size * ranks.RANK, 4))
+        among = 4 // size * ranks.RANK, 4
+        venv = envs.make("Point-v0", 4 // size, obs_mode="state", num_workers=0, speed=0.2, chunk=4, among=among)
 
     def act(obs, instructions, turns):
         noise = np.stack([np.random.default_rng(turn).normal(size=(4, 2)) for turn in turns])
@@ -199,6 +200,7 @@ def files(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
 
 CASES = {
     "stepnft": (stepnft_pi0, dict(group_size=4)),
+    "stepnft --labels predicted": (stepnft_pi0, dict(labels="predicted", group_size=1)),
     "stepnft --fsdp": (stepnft_pi0, dict(group_size=4, train="all", micro_batch=8)),
     "nft --fsdp": (nft, dict(group_size=4, train="all")),
     "ppo": (ppo, dict(critic_warmup=0, update_epochs=1, rollout_epochs=5)),
@@ -225,9 +227,26 @@ def test_two_ranks_do_the_work_of_one_process(case, checkpoint, tmp_path):
     assert found.keys() == expected.keys()
     moved = 0
     for name, tensor in expected.items():
+        if "memory." in name:  # in the ranks' order
+            found[name], tensor = found[name].sort(0).values, tensor.sort(0).values
         torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=2e-7, msg=lambda text, name=name: f"{name}: {text}")
         moved += name.endswith("exp_avg") and bool(tensor.any())
     assert moved > 5
+
+
+def test_a_run_with_a_predictor_goes_on_as_if_never_stopped(checkpoint, tmp_path):
+    """Its weights and what it remembers of earlier iterations are in the checkpoint."""
+    options = dict(checkpoint=checkpoint, labels="predicted", group_size=1, num_minibatches=2, size=1)
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    in_ranks(train, stepnft_pi0.__name__, tmp_path / "whole", **options, iterations=3)
+    in_ranks(train, stepnft_pi0.__name__, tmp_path / "parts", **options, iterations=1)
+    (run,) = (tmp_path / "parts" / "runs").iterdir()
+    in_ranks(train, stepnft_pi0.__name__, tmp_path / "parts", **options, iterations=3, resume=str(run))
+    (one, expected), (two, found) = (files(tmp_path / name) for name in ("whole", "parts"))
+    assert two["env_steps"] == one["env_steps"] and found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert sum("memory." in name for name in found) == 6 and any("predictor" in name and t.any() for name, t in found.items())
 
 
 @pytest.mark.slow

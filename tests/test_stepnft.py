@@ -314,25 +314,45 @@ def test_group_labels_compare_chunks_with_their_peers_and_drop_what_has_no_contr
     assert labels[3:7].sum() == pytest.approx(0) and labels[7:10].sum() == pytest.approx(0)
 
 
-def test_gae_labels_are_group_labels_without_discount_and_mix_the_values_on_the_way_otherwise():
+def episodes_of_random_length() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
     length = rng.integers(1, 6, 32)
-    episode = np.repeat(np.arange(32), length)
-    turn = np.concatenate([np.arange(n) for n in length])
+    episode, turn = np.repeat(np.arange(32), length), np.concatenate([np.arange(n) for n in length])
     order = np.argsort(turn, kind="stable")  # as in a rollout: turn by turn
-    chunks = dict(success=rng.random(32) < 0.5, group=np.arange(32) // 16, episode=episode[order], turn=turn[order])
-    for one, other in zip(nft.chunk_labels(**chunks, kind="gae"), nft.chunk_labels(**chunks, kind="group"), strict=True):
-        np.testing.assert_allclose(one, other)
+    return rng.random(32) < 0.5, episode[order], turn[order]
 
-    # Two episodes of one group: the first succeeds with its second chunk, the second fails with its third.
-    chunks = dict(success=np.array([True, False]), group=np.zeros(2, int), episode=np.array([0, 1, 0, 1, 1]),
-                  turn=np.array([0, 0, 1, 1, 2]))
-    labels, keep = nft.chunk_labels(**chunks, kind="gae", gamma=0.9, gae_lambda=0.5)
-    assert keep.tolist() == [True, True, True, True, False]  # alone at its third chunk, the second has no peer
-    last = [1 - 0.5, 0 - 0.0]  # advantages: the outcome less the value
-    middle = 0.9 * 0.0 - 0.5 + 0.9 * 0.5 * last[1]
-    first = [0.9 * 0.5 - 0.5 + 0.9 * 0.5 * last[0], 0.9 * 0.5 - 0.5 + 0.9 * 0.5 * middle]
-    assert labels[:4] == pytest.approx(np.array([*first, last[0], middle]) / 0.5)
+
+def test_advantages_are_the_outcome_less_the_prediction_or_the_change_of_the_prediction():
+    success, episode, turn = episodes_of_random_length()
+    p = np.random.default_rng(1).random(len(episode))
+    np.testing.assert_allclose(nft.advantages(p, success, episode, turn, 1.0), success[episode] - p)
+    follows = {(e, t): value for e, t, value in zip(episode, turn, p)}
+    change = [follows.get((e, t + 1), success[e]) - value for e, t, value in zip(episode, turn, p)]
+    np.testing.assert_allclose(nft.advantages(p, success, episode, turn, 0.0), change)
+
+    # Two episodes: the first succeeds with its second chunk, the second fails with its third.
+    told = nft.advantages(np.array([0.5, 0.4, 0.8, 0.2, 0.1]), np.array([True, False]), np.array([0, 1, 0, 1, 1]),
+                          np.array([0, 0, 1, 1, 2]), 0.5)
+    assert told == pytest.approx([0.3 + 0.5 * 0.2, -0.2 + 0.5 * (-0.1 - 0.5 * 0.1), 0.2, -0.1 - 0.5 * 0.1, -0.1])
+
+
+def test_an_exact_prediction_leaves_nothing_to_learn_but_where_it_changes():
+    """Of a walk whose chance of success is known, advantages of any λ are zero on average, from wherever it is."""
+    rng = np.random.default_rng(0)
+    E, T = 20_000, 4
+    place = np.cumsum(rng.choice([-1, 1], (E, T)), 1) + 4  # (E, T) after each step, from 4; success: in the end at 5 or above
+    before = np.concatenate((np.full((E, 1), 4), place[:, :-1]), 1)
+    chance = np.zeros((T + 1, 10))
+    chance[T, 5:] = 1
+    for t in reversed(range(T)):
+        chance[t, 1:-1] = (chance[t + 1, :-2] + chance[t + 1, 2:]) / 2
+    episode, turn = np.repeat(np.arange(E), T), np.tile(np.arange(T), E)
+    p, step = chance[turn, before.flatten()], (place - before).flatten()
+    for gae_lambda in (0.0, 0.7, 1.0):
+        advantage = nft.advantages(p, place[:, -1] >= 5, episode, turn, gae_lambda)
+        for at in np.unique(before):
+            assert abs(advantage[before.flatten() == at].mean()) < 0.02
+        assert advantage[step > 0].mean() > 0.1 and advantage[step < 0].mean() < -0.1  # a step up is what helps
 
 
 def test_the_decay_rises_on_a_cosine_and_stays():
