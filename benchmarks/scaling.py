@@ -28,15 +28,15 @@ from pi_stepnft import harness
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "benchmarks" / "results" / "scaling.json"
-OPTIONS = ("--env-id PickCube-v1 --obs-mode state --num-envs 32 --rollout-epochs 2 --max-minutes 0 --eval-every 0 "
+OPTIONS = ("--env-id PickCube-v1 --obs-mode state --num-envs 128 --rollout-epochs 1 --max-minutes 0 --eval-every 0 "
            "--final-eval-episodes 2 --num-threads 1 --no-video --env-options num_workers=0")
 
 
 @dataclass
 class Args:
-    iterations: int = 6
+    iterations: int = 5
     """of each training, the first of which is not counted"""
-    repeats: int = 5
+    repeats: int = 3
     """trainings of one rank, and of two"""
     ranks: int = 2
     """how many are compared with one; as many cores are needed"""
