@@ -82,6 +82,25 @@ def import_module(name: str) -> None:
         raise EnvError(f"module {name!r} cannot be imported: {reason}") from None
 
 
+def fit(images: np.ndarray, size: int | None, square: bool = True) -> np.ndarray:
+    """(T, H, W, 3) uint8 with the longer side at most `size`: bilinear with antialiasing, as the policies' processor does it but
+    for rounding, by Pillow, which loads faster than torch.
+
+    square: (T, size, size, 3), centred on black, as the processor makes it of all; for cameras that differ and are to be one array.
+    """
+    ratio = max(images.shape[1:3]) / (size or np.inf)
+    if images.shape[1:3] == (size, size) or (ratio <= 1 and not square):
+        return images
+    from PIL import Image
+
+    H, W = (max(1, int(side / ratio)) for side in images.shape[1:3])
+    resized = np.stack([np.asarray(Image.fromarray(image).resize((W, H), Image.Resampling.BILINEAR)) for image in images])
+    if square:
+        top, left = (size - H) // 2, (size - W) // 2
+        resized = np.pad(resized, ((0, 0), (top, size - H - top), (left, size - W - left), (0, 0)))
+    return resized
+
+
 def no_expert(env_id: str, known: str) -> EnvError:
     """known: which tasks have one."""
     return EnvError(f"no scripted expert for {env_id!r}, only for {known}: bring demonstrations of your own with --dataset")

@@ -26,7 +26,7 @@ import h5py
 import numpy as np
 
 from pi_stepnft.envs import child
-from pi_stepnft.envs.base import EnvError
+from pi_stepnft.envs.base import EnvError, fit
 
 COLUMNS = dict(image=np.uint8, state=np.float32, action=np.float32, objects=np.float32, told=np.int32)
 """What is kept of each row. image (cameras, H, W, 3); told: which of the instructions."""
@@ -214,26 +214,7 @@ def _stack(path: Path, which: str, T: int, image: dict[str, np.ndarray], rotate:
     if len(sizes) > 1 and not size:
         raise EnvError(f"{path} has cameras of {' and '.join(map(str, sorted(sizes)))} pixels: give image_size")
     turned = (images[:, ::-1, ::-1] if rotate else images for images in image.values())
-    return np.stack([_resize(images, size, square=len(sizes) > 1) for images in turned], 1)
-
-
-def _resize(images: np.ndarray, size: int | None, square: bool) -> np.ndarray:
-    """(T, H, W, 3) uint8 with the longer side at most `size`: bilinear with antialiasing, as the policies' processor does it but
-    for rounding, by Pillow, which loads faster than torch.
-
-    square: (T, size, size, 3), centred on black, as the processor makes it of all; for cameras that differ and are to be one array.
-    """
-    ratio = max(images.shape[1:3]) / (size or np.inf)
-    if ratio <= 1 and not square:
-        return images
-    from PIL import Image
-
-    H, W = (max(1, int(side / ratio)) for side in images.shape[1:3])
-    resized = np.stack([np.asarray(Image.fromarray(image).resize((W, H), Image.Resampling.BILINEAR)) for image in images])
-    if square:
-        top, left = (size - H) // 2, (size - W) // 2
-        resized = np.pad(resized, ((0, 0), (top, size - H - top), (left, size - W - left), (0, 0)))
-    return resized
+    return np.stack([fit(images, size, square=len(sizes) > 1) for images in turned], 1)
 
 
 # ------------------------------------------------------------------------------------------------------------ files, paths and JSON

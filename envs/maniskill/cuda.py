@@ -10,7 +10,7 @@ import torch
 
 from pi_stepnft.envs.base import EnvError
 from pi_stepnft.envs.maniskill import env as maniskill
-from pi_stepnft.envs.maniskill import tasks
+from pi_stepnft.envs.maniskill import plate, tasks
 from pi_stepnft.envs.vector import ChunkEnv
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class CudaVecEnv(ChunkEnv):
             self._seeds, self._steps = np.zeros(num_envs, int), np.zeros(num_envs, int)
             self._reset(np.arange(num_envs))
             cameras = maniskill.cameras_of(self.base, spec)
-            state = maniskill.state_vector(self.base, self.base.get_info())
+            state = maniskill.state_vector(self.base, self.base.get_info(), spec.joints)
         try:
             self._describe(
                 chunk,
@@ -100,6 +100,7 @@ class CudaVecEnv(ChunkEnv):
 
     def step(self, chunk: np.ndarray) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray, dict]:
         chunk, lost = self._step_argument(chunk)
+        chunk = maniskill.executed(chunk, self.spec)
         self._running &= ~lost
         reward, steps = np.zeros(self.num_envs, np.float32), np.zeros(self.num_envs, int)
         terminated, truncated = ~self._running & self._success, lost.copy()
@@ -150,7 +151,12 @@ class CudaVecEnv(ChunkEnv):
         base = self.base
         obs_mode, base._obs_mode = base._obs_mode, "none"  # nobody reads this observation: do not render it
         try:
-            base.reset(seed=self._seeds.tolist(), options={"env_idx": torch.as_tensor(index, device=base.device)})
+            if grid := plate.reset_options(base, self._seeds):  # their code knows no other than whole batches
+                if np.delete(self._running, index).any():
+                    raise EnvError(f"{self.spec.env_id} begins all its episodes at once: not while others are running")
+                base.reset(seed=self._seeds.tolist(), options=grid)
+            else:
+                base.reset(seed=self._seeds.tolist(), options={"env_idx": torch.as_tensor(index, device=base.device)})
         finally:
             base._obs_mode = obs_mode
 
@@ -161,6 +167,8 @@ class CudaVecEnv(ChunkEnv):
         initialised alone, from its own seed, and its scene is copied to the others of that seed. A task whose episodes bring their
         instructions keeps more than the scene: there each environment is initialised alone.
         """
+        if "episode_id" in options:
+            return self._initialize(env_idx, options)
         base, index = self.base, env_idx.cpu().numpy()
         alike = np.arange(self.num_envs) if hasattr(base, "get_language_instruction") else self._seeds
         _, first, group = np.unique(alike[index], return_index=True, return_inverse=True)
@@ -197,13 +205,13 @@ class CudaVecEnv(ChunkEnv):
         return base.get_reward(obs=obs, action=torch.as_tensor(action, device=base.device), info=info).cpu().numpy()
 
     def _observe_state(self, which: np.ndarray, info: dict) -> None:
-        self._obs["state"][which] = maniskill.state_vector(self.base, info).cpu().numpy()[which]
+        self._obs["state"][which] = maniskill.state_vector(self.base, info, self.spec.joints).cpu().numpy()[which]
 
     def _observe_images(self, which: np.ndarray) -> None:
         if self._obs["image"].size:
             self._put_back()
-            for i, picture in enumerate(maniskill.pictures(self.base, self.cameras)):
-                self._obs["image"][which, i] = picture.cpu().numpy()[which]
+            for i, picture in enumerate(maniskill.pictures(self.base, self.cameras, self.spec.image_size)):
+                self._obs["image"][which, i] = picture[which]
 
     def _put_back(self) -> None:
         """Put the scenes of environments that have ended back to where they ended."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -11,8 +12,8 @@ import numpy as np
 import torch
 
 from pi_stepnft.envs import vulkan
-from pi_stepnft.envs.base import EnvError, Environment, import_module
-from pi_stepnft.envs.maniskill import experts, tasks
+from pi_stepnft.envs.base import EnvError, Environment, fit, import_module
+from pi_stepnft.envs.maniskill import experts, plate, tasks
 
 if TYPE_CHECKING:
     from pi_stepnft.envs.maniskill.simulator import Camera, ManiSkillSpec
@@ -42,9 +43,10 @@ def create(spec: ManiSkillSpec, num_envs: int, backend: str) -> gym.Env:
     kwargs |= sensor_configs(spec, spec.camera)
     kwargs.update(spec.kwargs)
     gym_id = spec.env_id.rpartition(":")[2]
+    silent = contextlib.redirect_stdout(io.StringIO()) if plate.knows(gym_id) else contextlib.nullcontext()  # it prints as it loads
     try:
         # Rendering on a GPU does not mind triangles; there the meshes stay as they are.
-        with light_meshes(spec.mesh_keep if backend == "cpu" else 1.0), lean_shaders(not on_gpu):
+        with light_meshes(spec.mesh_keep if backend == "cpu" else 1.0), lean_shaders(not on_gpu), silent:
             try:
                 env = gym.make(gym_id, disable_env_checker=True, **kwargs)
             except AttributeError as error:
@@ -73,7 +75,7 @@ def create(spec: ManiSkillSpec, num_envs: int, backend: str) -> gym.Env:
 
 
 def sensor_configs(spec: ManiSkillSpec, camera: Camera | None) -> dict[str, dict]:
-    if spec.obs_mode != "rgb":
+    if spec.obs_mode != "rgb" or spec.task_size:
         return {}
     from mani_skill.utils import sapien_utils
 
@@ -95,17 +97,26 @@ def cameras_of(base, spec: ManiSkillSpec) -> tuple[str, ...]:
     return chosen
 
 
-def pictures(base, cameras: tuple[str, ...]) -> list[torch.Tensor]:
-    """One (B, H, W, 3) uint8 per camera; no other is rendered, unless the task draws in their pictures itself."""
+def pictures(base, cameras: tuple[str, ...], size: int) -> list[np.ndarray]:
+    """One (B, size, size, 3) uint8 per camera; no other is rendered, unless the task draws in their pictures itself."""
     sensors = base.scene.sensors
     if cameras == tuple(sensors) or base._obs_mode != "rgb":
         data = base._get_obs_sensor_data()
-        return [data[name]["rgb"] for name in cameras]
-    base._sensors = base.scene.sensors = {name: sensors[name] for name in cameras}
-    try:
-        return [data["rgb"] for data in base._get_obs_sensor_data().values()]
-    finally:
-        base._sensors = base.scene.sensors = sensors
+        drawn = [data[name]["rgb"] for name in cameras]
+    else:
+        base._sensors = base.scene.sensors = {name: sensors[name] for name in cameras}
+        try:
+            drawn = [data["rgb"] for data in base._get_obs_sensor_data().values()]
+        finally:
+            base._sensors = base.scene.sensors = sensors
+    return [fit(picture.cpu().numpy(), size) for picture in drawn]
+
+
+def executed(actions: np.ndarray, spec: ManiSkillSpec) -> np.ndarray:
+    """Actions (…, A) as the controller takes them."""
+    if not spec.binary_gripper:
+        return actions
+    return np.concatenate([actions[..., :-1], np.where(actions[..., -1:] > 0.5, 1, -1)], -1, dtype=np.float32)
 
 
 def instructions_of(base, spec: ManiSkillSpec) -> list[str]:
@@ -121,8 +132,10 @@ def _leaves(tree) -> list:
     return [leaf for value in tree.values() for leaf in _leaves(value)] if isinstance(tree, dict) else [tree]
 
 
-def state_vector(base, info: dict) -> torch.Tensor:
-    """(B, S) float32: proprioception and task extras; with object poses only in obs_mode "state"."""
+def state_vector(base, info: dict, joints: int | None) -> torch.Tensor:
+    """(B, S) float32: so many joint positions, or proprioception and task extras; with object poses only in obs_mode "state"."""
+    if joints:
+        return base.agent.robot.get_qpos()[:, :joints].float()
     parts = _leaves(base._get_obs_agent()) + _leaves(base._get_obs_extra(info))
     return torch.cat([torch.as_tensor(part).reshape(len(part), -1).float() for part in parts], dim=1)
 
@@ -174,7 +187,7 @@ class ManiSkillEnv(Environment):
             self.action_space = self.base.single_action_space
             self.reset(0)
             self.cameras = cameras_of(self.base, spec)
-            self.state_dim = state_vector(self.base, self.info).shape[1]
+            self.state_dim = state_vector(self.base, self.info, spec.joints).shape[1]
 
     def _bind(self) -> None:
         """Take into use what is faster than ManiSkill's own code and knows the current agent and task."""
@@ -206,7 +219,7 @@ class ManiSkillEnv(Environment):
                 renew_physics(self.base)
             obs_mode, self.base._obs_mode = self.base._obs_mode, "none"  # nobody reads this observation: do not render it
             try:
-                self.base.reset(seed=int(seed))
+                self.base.reset(seed=int(seed), options=plate.reset_options(self.base, [seed]))
             finally:
                 self.base._obs_mode = obs_mode
             if self._bound is not self.base.agent:
@@ -220,7 +233,7 @@ class ManiSkillEnv(Environment):
         """Execute up to n actions (n, A); stop at success, failure or the limit. Returns (reward, terminated, truncated, steps)."""
         reward, terminated, before = 0.0, False, self.steps
         with self._mode():
-            for action in chunk:
+            for action in executed(chunk, self.spec):
                 self._control_step(action)
                 self.steps += 1
                 self._info = None
@@ -266,12 +279,15 @@ class ManiSkillEnv(Environment):
     def observe(self, image: np.ndarray, state: np.ndarray) -> None:
         """Write the current observation into `image` uint8 (cameras, H, W, 3) and `state` float32 (S,)."""
         with self._mode():
-            extra = self._known.extra() if self._known else _leaves(self.base._get_obs_extra(self.info))
-            parts = _leaves(self.base._get_obs_agent()) + extra
-            np.concatenate([np.ravel(part) for part in parts], out=state, casting="unsafe")
+            if self.spec.joints:
+                state[:] = state_vector(self.base, {}, self.spec.joints)[0]
+            else:
+                extra = self._known.extra() if self._known else _leaves(self.base._get_obs_extra(self.info))
+                parts = _leaves(self.base._get_obs_agent()) + extra
+                np.concatenate([np.ravel(part) for part in parts], out=state, casting="unsafe")
             if self.cameras:
-                for i, picture in enumerate(pictures(self.base, self.cameras)):
-                    image[i] = picture[0].cpu().numpy()
+                for i, picture in enumerate(pictures(self.base, self.cameras, self.spec.image_size)):
+                    image[i] = picture[0]
 
     def object_positions(self) -> np.ndarray:
         """World positions (objects, 3) float32, m, of everything that can be moved, in the order of the task's scene."""

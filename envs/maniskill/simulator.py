@@ -9,7 +9,7 @@ from pydantic import Field
 
 from pi_stepnft.envs import base
 from pi_stepnft.envs.base import EnvError
-from pi_stepnft.envs.maniskill import experts, tasks, variants
+from pi_stepnft.envs.maniskill import experts, plate, tasks, variants
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,13 @@ class ManiSkillSpec(base.Spec):
     sim_obs_mode: str = "rgb"
     """ManiSkill's own mode behind obs_mode "rgb": a task that reads other textures itself needs e.g. "rgb+segmentation". Pictures
     are handed out alone."""
+    task_size: bool = False
+    """Draw the pictures as large as the task has them, and fit them into squares of image_size with black bars, as openpi does. For
+    tasks that insist on their size."""
+    joints: Annotated[int, Field(ge=1)] | None = None
+    """The state is the robot's first so many joint positions, rad and m; None: all that robot and task tell."""
+    binary_gripper: bool = False
+    """The last number of an action is not the gripper's target but whether it is to be open: above 0.5 yes (1), otherwise no (−1)."""
     mesh_keep: Annotated[float, Field(gt=0, le=1)] = 0.06
     """Share of the robot's visual triangles that software rendering keeps (1: all)."""
     fast_control: bool = True
@@ -78,7 +85,9 @@ class ManiSkill(base.Simulator):
 
     def spec(self, env_id: str, **options: Any) -> ManiSkillSpec:
         """In obs_mode "rgb" the tasks that ship with ManiSkill are seen by `Camera()`, those of the user's own by their cameras."""
-        if ":" not in env_id and options.get("obs_mode", "rgb") == "rgb":
+        if plate.knows(env_id):
+            options = plate.options(env_id, options)
+        elif ":" not in env_id and options.get("obs_mode", "rgb") == "rgb":
             options.setdefault("camera", Camera())
         options.setdefault("module", tasks.module_of(env_id))
         spec = super().spec(env_id, **options)
@@ -93,9 +102,11 @@ class ManiSkill(base.Simulator):
         experts.make(env_id)
 
     def task_of(self, env_id: str) -> str:
-        return variants.task_of(env_id)
+        return plate.MAIN if env_id in plate.VARIANTS else variants.task_of(env_id)
 
     def variants(self, env_id: str) -> dict[str, str]:
+        if env_id == plate.MAIN:
+            return plate.VARIANTS
         return {name: variants.family(name) for name in variants.variants(env_id)}
 
     def on_gpu(self) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 from pi_stepnft.envs import vulkan
 from pi_stepnft.envs.base import EnvError, did_you_mean, import_module
-from pi_stepnft.envs.maniskill import variants
+from pi_stepnft.envs.maniskill import plate, variants
 
 INSTRUCTIONS = {
     "PickCube-v1": "pick up the red cube and move it to the goal",
@@ -66,6 +66,8 @@ def registered(env_id: str) -> Any:
     module, _, _ = variants.task_of(env_id).rpartition(":")
     if module:
         import_module(module)
+    elif plate.knows(env_id):
+        plate.check(env_id)
     if (task := registered_id(env_id)) not in table:
         where = f"{module} registers no such task" if module else "not a ManiSkill task"
         raise EnvError(f"unknown environment id {task!r}: {where}{did_you_mean(task, table)}")
@@ -83,7 +85,7 @@ def module_of(env_id: str) -> str | None:
             f"{env_id} is registered by the program itself, which environment workers do not run: move it to a module, and call it "
             f"my_module:{registered_id(env_id)}"
         )
-    return None if module.startswith("mani_skill.") else module
+    return None if module.startswith(("mani_skill.", "rlinf.")) else module
 
 
 def robots_of(env_id: str) -> tuple:
