@@ -28,6 +28,7 @@ def colour(i: int, of: int) -> np.ndarray:
 
 def box(extents, rgb=(0.5, 0.5, 0.5), at=(0, 0, 0)) -> trimesh.Trimesh:
     mesh = trimesh.creation.box(extents, trimesh.transformations.translation_matrix(at))
+    mesh.unmerge_vertices()  # edges stay sharp
     material = trimesh.visual.material.PBRMaterial(baseColorFactor=[*(255 * np.asarray(rgb)).astype(int), 255], metallicFactor=0)
     mesh.visual = trimesh.visual.TextureVisuals(material=material)
     return mesh

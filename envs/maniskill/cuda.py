@@ -135,7 +135,7 @@ class CudaVecEnv(ChunkEnv):
         """Pictures for people (H, W, 3) uint8 of the given environments (default: all), from the task's render camera."""
         with torch.no_grad():
             self._put_back()
-            frames = self.base.render_rgb_array().cpu().numpy()
+            frames = maniskill.frames(self.base, self.spec)
         return [frames[slot].copy() for slot in (range(self.num_envs) if slots is None else slots)]
 
     def call(self, function: Any, jobs: Iterable[dict]) -> None:

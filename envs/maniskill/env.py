@@ -112,6 +112,14 @@ def pictures(base, cameras: tuple[str, ...], size: int) -> list[np.ndarray]:
     return [fit(picture.cpu().numpy(), size) for picture in drawn]
 
 
+def frames(base, spec: ManiSkillSpec) -> np.ndarray:
+    """Pictures for people (B, H, W, 3) uint8, from the task's render camera, with the goal visible; of a task that insists on its
+    pictures' size, the policy's first, larger: what such a task draws in it itself is nowhere else."""
+    if spec.task_size and spec.obs_mode == "rgb":
+        return pictures(base, cameras_of(base, spec)[:1], spec.video_size)[0]
+    return base.render_rgb_array().cpu().numpy()
+
+
 def executed(actions: np.ndarray, spec: ManiSkillSpec) -> np.ndarray:
     """Actions (…, A) as the controller takes them."""
     if not spec.binary_gripper:
@@ -298,9 +306,9 @@ class ManiSkillEnv(Environment):
         return experts.make(self.task)(self.base)
 
     def render(self) -> np.ndarray:
-        """A picture for people (H, W, 3) uint8, from the task's render camera, with the goal visible."""
-        with torch.inference_mode():
-            return self.base.render_rgb_array()[0].cpu().numpy()
+        """A picture for people (H, W, 3) uint8: see `frames`."""
+        with self._mode():
+            return frames(self.base, self.spec)[0]
 
     def close(self) -> None:
         self.env.close()

@@ -3,8 +3,8 @@
 A WidowX is to put one of 25 things on a plate; the table, the things and the sentence change from episode to episode. The task's
 code comes with RLinf's wheel, its things, tables and robot are downloads (`check` says which). Docs: docs/ood.md.
 
-An episode is one state of the task's own grid (thing × plate × table × places × rotations, about a million). Seeds run through it:
-those of N successive episodes, N the size of the grid, are all of its states, each once, and a few in succession are spread over it.
+Its initial states are a fixed grid (thing × plate × table × places × rotation: 802,816 in the main task, 250,880 to 11.5 billion in
+the variants), and a seed stands for one of them, always.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import math
+import os
 import sys
 import types
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from pi_stepnft.envs.base import EnvError, did_you_mean
 
@@ -35,7 +37,6 @@ VERSION = "0.3.0"
 """Of RLinf, the one that this is tested with."""
 PACKAGES = f"pip install opencv-python && pip install --no-deps rlinf=={VERSION}"
 THINGS = "hf download RLinf/maniskill_assets --repo-type dataset --local-dir {0} && export MANISKILL_ASSET_DIR={0}"
-GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 def knows(env_id: str) -> bool:
@@ -79,7 +80,8 @@ def check(env_id: str) -> None:
         if not (source := assets.DATA_SOURCES[name]).output_dir.joinpath(source.target_path).exists()
     ]
     if not all((things / kind / "model_db.json").exists() for kind in ("more_carrot", "more_plate", "more_table")):
-        missing.append(f"things and tables in {things} ({THINGS.format(things.parent)})")
+        folder = os.environ.get("MANISKILL_ASSET_DIR") or assets.ASSET_DIR.parent / "rlinf"
+        missing.append(f"things and tables in {things} ({THINGS.format(folder)})")
     if missing:
         raise EnvError(f"{env_id} needs downloads that are not on this machine: {'; '.join(missing)}")
 
@@ -105,8 +107,5 @@ def reset_options(base: Any, seeds: Iterable[int]) -> dict[str, Any]:
         return {}
     import torch
 
-    size = base.total_num_trials
-    stride = round(GOLDEN * size)
-    while math.gcd(stride, size) > 1:
-        stride += 1
-    return dict(episode_id=torch.tensor([int(seed) * stride % size for seed in seeds], device=base.device))
+    states = [int(np.random.default_rng(int(seed)).integers(base.total_num_trials)) for seed in seeds]
+    return dict(episode_id=torch.tensor(states, device=base.device))
