@@ -5,9 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 # -qq: pip's errors only; these installations succeed in silence.
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+# The paper's ManiSkill tasks are in this wheel, 2 MB, and need nothing of what it depends on.
+RLINF := $(PIP) --no-deps rlinf==0.3.0
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint vulkan libero osmesa clean
+.PHONY: help run test lint vulkan libero paper osmesa clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -26,6 +28,10 @@ vulkan: $(VENV)/.installed ## install a software Vulkan driver if there is none 
 	@PYTHON=$(BIN)/python bash scripts/setup_vulkan.sh
 
 libero: $(VENV)/.installed-libero osmesa ## install the LIBERO benchmark and, without a GPU, its renderer
+
+paper: $(VENV)/.installed ## install the code of the paper's ManiSkill tasks
+	@$(PIP) -e '.[paper]'
+	@$(RLINF)
 
 osmesa: $(VENV)/.installed
 	@PYTHON=$(BIN)/python bash scripts/setup_osmesa.sh
@@ -48,7 +54,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	@$(PIP) -e '.[test,track,data,libero]'
+	@$(PIP) -e '.[test,track,data,libero,paper]'
+	@$(RLINF)
 	@touch $@
 
 $(VENV)/.installed-libero: $(VENV)/.installed

@@ -1,4 +1,6 @@
-"""A small asset pack for RLinf's PutOnPlateInScene25: python tests/plate_assets.py FOLDER
+"""A small asset pack for RLinf's PutOnPlateInScene25: python tests/plate_assets.py FOLDER [SHEET.png]
+
+With a second argument, draws the main task and every variant with it, one episode each, into one picture.
 
 It stands in for three downloads, of some gigabytes, with a megabyte written here: boxes for the 25 things and 17 plates (glb), 21
 plain pictures of tables and textures, a table, and an arm of boxes with the WidowX's joint names and about its proportions.
@@ -7,18 +9,19 @@ plain pictures of tables and textures, a table, and an arm of boxes with the Wid
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import numpy as np
 import trimesh
-from PIL import Image
+from PIL import Image, ImageDraw
 
 THINGS = (
-    "carrot", "eggplant", "green cube", "yellow cube", "spoon", "banana", "bread", "can", "ketchup", "lemon", "lime", "mushroom", "onion",
-    "pear", "plum", "potato", "apple", "candle", "chalk", "cork", "dice", "eraser", "sponge", "tomato", "watch",
+    "carrot", "eggplant", "green cube", "yellow cube", "spoon", "banana", "bread", "can", "ketchup", "lemon", "lime", "mushroom",
+    "onion", "pear", "plum", "potato", "apple", "candle", "chalk", "cork", "dice", "eraser", "sponge", "tomato", "watch",
 )
-PLATES = ("plate", *(f"{colour} {kind}" for colour in ("red", "blue", "grey", "white") for kind in ("plate", "bowl", "board", "tray")))
+PLATES = ("plate", *(f"{hue} {kind}" for hue in ("red", "blue", "grey", "white") for kind in ("plate", "bowl", "board", "tray")))
 
 
 def colour(i: int, of: int) -> np.ndarray:
@@ -64,11 +67,11 @@ def write_tables(folder: Path, number: int = 21) -> None:
     (folder / "model_db.json").write_text(json.dumps(table))
 
 
-ARM = (  # joint, its parent and child link, where it is in the parent (m), its axis, limits (rad or m), the child's box and its place (m)
+ARM = (  # joint, parent link, child link, where in the parent (m), axis, limits (rad or m), the child's box and its place (m)
     ("waist", "base_link", "shoulder_link", (0, 0, 0.07), "0 0 1", (-3.1, 3.1), (0.07, 0.07, 0.06), (0, 0, 0)),
     ("shoulder", "shoulder_link", "upper_arm_link", (0, 0, 0.04), "0 1 0", (-1.9, 2.0), (0.04, 0.05, 0.25), (0.02, 0, 0.125)),
     ("elbow", "upper_arm_link", "upper_forearm_link", (0.05, 0, 0.25), "0 1 0", (-2.1, 1.6), (0.17, 0.04, 0.04), (0.085, 0, 0)),
-    ("forearm_roll", "upper_forearm_link", "lower_forearm_link", (0.175, 0, 0), "1 0 0", (-3.1, 3.1), (0.07, 0.04, 0.04), (0.04, 0, 0)),
+    ("forearm_roll", "upper_forearm_link", "lower_forearm_link", (0.175, 0, 0), "1 0 0", (-3, 3), (0.07, 0.04, 0.04), (0.04, 0, 0)),
     ("wrist_angle", "lower_forearm_link", "wrist_link", (0.075, 0, 0), "0 1 0", (-1.7, 2.1), (0.06, 0.04, 0.04), (0.03, 0, 0)),
     ("wrist_rotate", "wrist_link", "gripper_link", (0.065, 0, 0), "1 0 0", (-3.1, 3.1), (0.04, 0.11, 0.03), (0.02, 0, 0)),
     ("left_finger", "gripper_link", "left_finger_link", (0.07, 0, 0), "0 1 0", (0.015, 0.038), (0.06, 0.01, 0.02), (0, 0, 0)),
@@ -92,10 +95,11 @@ def write_arm(path: Path) -> None:
     parts = [link("base_link", (0.12, 0.12, 0.07), (0, 0, 0.035), False, 1)]
     for joint, parent, child, at, axis, (low, high), size, place in ARM:
         finger = "finger" in joint
+        kind = "prismatic" if finger else "revolute"
         parts.append(link(child, size, place, finger, 0.05 if finger else 0.3))
         parts.append(
-            f'<joint name="{joint}" type="{"prismatic" if finger else "revolute"}"><parent link="{parent}"/><child link="{child}"/>'
-            f'<origin xyz="{numbers(at)}"/><axis xyz="{axis}"/><limit lower="{low}" upper="{high}" effort="100" velocity="3"/></joint>'
+            f'<joint name="{joint}" type="{kind}"><parent link="{parent}"/><child link="{child}"/><origin xyz="{numbers(at)}"/>'
+            f'<axis xyz="{axis}"/><limit lower="{low}" upper="{high}" effort="100" velocity="3"/></joint>'
         )
     parts.append('<link name="ee_gripper_link"/><joint name="ee_gripper" type="fixed"><parent link="gripper_link"/>'
                  '<child link="ee_gripper_link"/><origin xyz="0.1 0 0"/></joint>')
@@ -104,9 +108,9 @@ def write_arm(path: Path) -> None:
 
 
 def write(folder: Path) -> dict[str, str]:
-    """All of it. Returns the variables of the environment by which ManiSkill and RLinf find it, to be set before they are imported."""
+    """All of it. Returns the environment's variables by which ManiSkill and RLinf find it, to be set before they are imported."""
     things = folder / "rlinf" / "carrot"
-    write_things(things / "more_carrot", THINGS, [(0.05 + 0.001 * (i % 3), 0.025, 0.03) for i in range(len(THINGS))])
+    write_things(things / "more_carrot", THINGS, [(0.05, 0.025, 0.03)] * len(THINGS))
     write_things(things / "more_plate", PLATES, [(0.12, 0.12, 0.012)] * len(PLATES))
     write_tables(things / "more_table")
     data = folder / "maniskill" / "data"
@@ -118,6 +122,36 @@ def write(folder: Path) -> dict[str, str]:
     return dict(MANISKILL_ASSET_DIR=str(folder / "rlinf"), MS_ASSET_DIR=str(folder / "maniskill"))
 
 
+def draw(path: Path, seed: int = 4, width: int = 224, columns: int = 5) -> None:
+    """The contact sheet; after the assets have been named in the environment. What moves in an episode has moved."""
+    from pi_stepnft import envs
+    from pi_stepnft.envs.maniskill import plate
+    from pi_stepnft.envs.maniskill.env import ManiSkillEnv
+
+    names, line = [plate.MAIN, *plate.VARIANTS], 12
+    height = width * 3 // 4 + 2 * line + 6
+    sheet = Image.new("RGB", (width * columns, height * -(-len(names) // columns)), "white")
+    alive = []  # without one, SAPIEN would compile its shaders anew
+    for i, name in enumerate(names):
+        env = ManiSkillEnv(envs.simulator(name).spec(name, image_size=width))
+        env.reset(seed)
+        env.step(np.zeros((6, 7), np.float32))
+        image, state = np.zeros((1, width, width, 3), np.uint8), np.zeros(env.state_dim, np.float32)
+        env.observe(image, state)
+        x, y = i % columns * width, i // columns * height
+        sheet.paste(Image.fromarray(image[0, width // 8 : -width // 8, :-4]), (x, y + line))
+        title = f"{plate.VARIANTS.get(name, 'main task')}: {name.removeprefix(plate.PREFIX)}"
+        for text, at in ((title, y), (env.instruction, y + line + width * 3 // 4)):
+            ImageDraw.Draw(sheet).text((x + 1, at), text, "black")
+        alive.append(env)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+
+
 if __name__ == "__main__":
-    for name, value in write(Path(sys.argv[1])).items():
+    places = write(Path(sys.argv[1]))
+    for name, value in places.items():
         print(f"export {name}={value}")
+    if len(sys.argv) > 2:
+        os.environ |= places
+        draw(Path(sys.argv[2]))

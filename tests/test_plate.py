@@ -22,6 +22,7 @@ import pytest
 from pi_stepnft import envs
 from pi_stepnft.envs import vulkan
 from pi_stepnft.envs.maniskill import plate
+from pi_stepnft.harness.statistics import summarise
 
 if importlib.util.find_spec("rlinf") is None:
     pytest.skip(f"the tasks' code is missing: {plate.PACKAGES}", allow_module_level=True)
@@ -94,7 +95,8 @@ def start(env_id: str, seed: int) -> dict:
     before = thing.pose.p[0].numpy().copy()
     env.step(np.zeros((6, 7), np.float32))
     return dict(
-        image=image, clean=clean, state=state, told=env.instruction, limit=env.max_episode_steps, moved=thing.pose.p[0].numpy() - before,
+        image=image, clean=clean, state=state, told=env.instruction, limit=env.max_episode_steps,
+        moved=thing.pose.p[0].numpy() - before,
         ids={name: int(getattr(base, f"select_{name}_ids")[0]) for name in ("carrot", "plate", "overlay", "pos", "quat", "extra")
              if hasattr(base, f"select_{name}_ids")},
         alone="rlinf" not in sys.modules and "ray" not in sys.modules,
@@ -194,6 +196,32 @@ def test_the_gripper_is_open_above_a_half(there):
     assert there(gripper, 0.6) == pytest.approx(0.038, abs=1e-3) and there(gripper, 0.4) == pytest.approx(0.015, abs=1.5e-3)
 
 
+def grasps() -> list[tuple[bool, bool]]:
+    """What the environment and the WidowX's own code say of a thing between the fingers: not yet closed, closed, opened."""
+    import sapien
+    from mani_skill.agents.robots.widowx.widowx import WidowX250S
+
+    env = environment()
+    env.reset(3)
+    base, told = env.base, []
+    thing = base.objs_carrot[base.carrot_names[base.select_carrot_ids[0]]]
+    with env._mode():
+        qpos = base.agent.robot.get_qpos().clone()
+        qpos[:, 6:] = 0.0176  # so near to the thing that it is held before it falls
+        base.agent.robot.set_qpos(qpos)
+        thing.set_pose(base.agent.robot.links_map["ee_gripper_link"].pose.sp * sapien.Pose([-0.02, 0, 0]))
+    for share, steps in ((1, 0), (0, 3), (1, 3)):
+        env.step(np.tile(np.array([0, 0, 0, 0, 0, 0, share], np.float32), (steps, 1)))
+        with env._mode():
+            told.append((bool(base.agent.is_grasping(thing)), bool(WidowX250S.is_grasping(base.agent, thing))))
+    return told
+
+
+def test_a_grasp_is_told_as_the_widowx_tells_it(there):
+    told = there(grasps)
+    assert all(ours == theirs for ours, theirs in told) and [ours for ours, _ in told] == [False, True, False]
+
+
 def batched(seed: int) -> tuple[dict, dict, list]:
     """An episode of the batched back end, here of one environment, and the same episode of the other."""
     from pi_stepnft.envs.maniskill.cuda import CudaVecEnv
@@ -220,7 +248,7 @@ def test_the_batched_simulation_has_the_same_episodes(there):
     assert shown[0].shape == (256, 256, 3) and (abs(shown[0].astype(int) - shown[1]) > 2).mean() < 0.001
 
 
-# ---------------------------------------------------------------------------------------------------------------------- the programs
+# --------------------------------------------------------------------------------------------------------------------- the programs
 
 OPTIONS = "num_workers=0 max_episode_steps=6"
 
@@ -252,33 +280,51 @@ def run(program: str, arguments: str) -> None:
     module.main(harness.parse(module.Args, module.__doc__, getattr(module, "PAPER", None)))
 
 
-PUBLISHED = dict(vision=69.1, semantic=49.1, execution=33.1, ood=50.4)
-"""% of π0 with π-StepNFT (arXiv 2603.02083, table 2)."""
+def test_means_are_the_paper_s():
+    """Those of π0 with π-StepNFT (arXiv 2603.02083, table 2), from variants that each have their family's."""
+    published = dict(vision=691, semantic=491, execution=331)  # of 1000
+    families = envs.simulator(plate.MAIN).select(plate.MAIN, ["ood"], "rgb")
+    rows = summarise({"policy": {name: np.arange(1000) < published[family] for name, family in families.items()}}, families)
+    means = {row["family"]: row["policies"]["policy"]["success"] for row in rows if row["kind"] != "environment"}
+    assert {name: round(100 * x, 1) for name, x in means.items()} == dict(vision=69.1, semantic=49.1, execution=33.1, ood=50.4)
 
 
-def test_training_and_the_paper_s_evaluation(there, folder):
+@pytest.fixture(scope="module")
+def trained(there, folder) -> Path:
+    """The policy after two iterations."""
     there(save_policy, "start")
     train = (
-        f"--env-id {plate.MAIN} --obs-mode rgb --checkpoint start --iterations 2 --num-envs 2 --rollout-epochs 1 --group-size 2 --labels "
-        "binary --eval-episodes 2 --final-eval-episodes 2 --update-epochs 1 --num-minibatches 1 --num-threads 1 --no-video"
+        f"--env-id {plate.MAIN} --obs-mode rgb --checkpoint start --iterations 2 --num-envs 2 --rollout-epochs 1 --group-size 2 "
+        "--labels binary --eval-episodes 2 --final-eval-episodes 2 --update-epochs 1 --num-minibatches 1 --num-threads 1 --no-video"
     )
     there(run, "stepnft_pi0", f"{train} --env-options {OPTIONS}")
     (done,) = (folder / "runs").glob("stepnft*")
     result = json.loads((done / "result.json").read_text())
     assert result["after"]["episodes"] == 2
-    there(run, "evaluate", f"{done / 'policy'} --suite id ood --episodes 1 --num-threads 1 --no-video --output out")
+    return done / "policy"
+
+
+def evaluated(there, folder: Path, policy: Path, suites: str) -> list[str]:
+    """The environments that an evaluation has been in."""
+    there(run, "evaluate", f"{policy} --suite {suites} --episodes 1 --num-threads 1 --no-video --output out")
     results = json.loads((folder / "out" / "results.json").read_text())
     played = [row["name"] for row in results["rows"] if row["kind"] == "environment"]
-    assert played == [plate.MAIN, *plate.VARIANTS]
-    for row in results["rows"]:
-        if row["kind"] != "environment":
-            if_published = [PUBLISHED[plate.VARIANTS[name]] for name in row["environments"]]
-            assert np.dot(row["weights"], if_published) == pytest.approx(PUBLISHED[row["family"]], abs=0.05)
     with open(folder / "out" / "outcomes.csv") as file:
         assert all(int(row["steps"]) == 6 for row in csv.DictReader(file))
+    return played
 
 
-# ---------------------------------------------------------------------------------------------------------------- what can be missing
+def test_training_then_evaluation_in_variants_of_each_family(there, folder, trained):
+    named = [f"{plate.PREFIX}{name}-v1" for name in ("VisionWhole05", "MultiPlate", "EEPose")]
+    assert evaluated(there, folder, trained, " ".join(["id", *named])) == [plate.MAIN, *named]
+
+
+@pytest.mark.slow
+def test_the_whole_evaluation(there, folder, trained):
+    assert evaluated(there, folder, trained, "id vision semantic execution") == [plate.MAIN, *plate.VARIANTS]
+
+
+# -------------------------------------------------------------------------------------------------------------- what can be missing
 
 
 CHECK = """

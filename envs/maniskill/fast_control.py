@@ -17,6 +17,7 @@ from mani_skill.agents.controllers.base_controller import CombinedController
 from mani_skill.agents.controllers.pd_ee_pose import PDEEPoseController
 from mani_skill.agents.controllers.pd_joint_pos import PDJointPosMimicController
 from mani_skill.agents.robots.panda.panda import Panda
+from mani_skill.agents.robots.widowx.widowx import WidowX250S
 
 
 def _turn(angles: np.ndarray) -> sapien.Pose:
@@ -102,8 +103,9 @@ def make_set_action(agent) -> Callable[[np.ndarray], None] | None:
 
 
 def make_is_grasping(agent) -> Callable | None:
-    """The Panda's `is_grasping(object, min_force, max_angle)` with one pass over the contacts, or None for other robots."""
-    if getattr(type(agent), "is_grasping", None) is not Panda.is_grasping:
+    """`is_grasping(object, min_force, max_angle)` with one pass over the contacts, or None for other robots than Panda and WidowX,
+    whose code is the same."""
+    if getattr(type(agent), "is_grasping", None) not in (Panda.is_grasping, WidowX250S.is_grasping):
         return None
     scene = agent.scene
     # (finger, which way it opens along its own y axis)

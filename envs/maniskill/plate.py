@@ -1,4 +1,4 @@
-"""The paper's ManiSkill tasks: RLinf's PutOnPlateInScene25 and its out-of-distribution variants. Importing this imports no simulator.
+"""The paper's ManiSkill tasks: RLinf's PutOnPlateInScene25 and its variants out of distribution. Importing it imports no simulator.
 
 A WidowX is to put one of 25 things on a plate; the table, the things and the sentence change from episode to episode. The task's
 code comes with RLinf's wheel, its things, tables and robot are downloads (`check` says which). Docs: docs/ood.md.
@@ -68,9 +68,9 @@ def register() -> types.ModuleType:
 
 
 def check(env_id: str) -> None:
-    """Raise EnvError, in one line, for an id that is none of these tasks', and where files are missing: which, from where, whereto."""
+    """Raise EnvError, in one line, for an id that is none of these, and where files are missing: which, from where, and whereto."""
     if env_id != MAIN and env_id not in VARIANTS:
-        raise EnvError(f"unknown task {env_id!r}{did_you_mean(env_id, [MAIN, *VARIANTS]) or f'; there are {MAIN} and its variants'}")
+        raise EnvError(f"unknown task {env_id!r}{did_you_mean(env_id, [MAIN, *VARIANTS]) or f'; there is {MAIN}'}")
     things = register().CARROT_DATASET_DIR.resolve()
     from mani_skill.utils import assets
 
@@ -87,8 +87,8 @@ def check(env_id: str) -> None:
 
 
 def options(env_id: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Those given, and RLinf's in place of our defaults: what the paper's checkpoints were trained with. EnvError for a mode without
-    pictures."""
+    """Those given, and RLinf's in place of our defaults, with which the paper's checkpoints were trained. EnvError for a mode
+    without pictures."""
     if given.get("obs_mode", "rgb") != "rgb":
         raise EnvError(f"{env_id} has pictures and no other observations: obs_mode must be 'rgb', got {given['obs_mode']!r}")
     known = dict(

@@ -47,7 +47,7 @@ class ManiSkillSpec(base.Spec):
     joints: Annotated[int, Field(ge=1)] | None = None
     """The state is the robot's first so many joint positions, rad and m; None: all that robot and task tell."""
     binary_gripper: bool = False
-    """The last number of an action is not the gripper's target but whether it is to be open: above 0.5 yes (1), otherwise no (−1)."""
+    """An action's last number is not the gripper's target, but says whether it is to be open: above 0.5 yes (1), else no (−1)."""
     mesh_keep: Annotated[float, Field(gt=0, le=1)] = 0.06
     """Share of the robot's visual triangles that software rendering keeps (1: all)."""
     fast_control: bool = True
