@@ -825,6 +825,39 @@ def test_what_ends_in_a_batch_stays_as_it_was(batch):
     assert steps == [0, 0, 4, 2, 2, 2] and seen == [2, 3, 4, 10, 10, 10] and truncated == [False] * 3 + [True] * 3
 
 
+class GridTask(BatchedTask):
+    """One like RLinf's: an episode is a number, told at a reset, and only the whole batch can be reset."""
+
+    total_num_trials = 1000
+
+    def reset(self, seed, options):
+        self._initialize_episode(torch.arange(self.num_envs), options)
+
+    def _initialize_episode(self, env_idx, options):
+        self._reset_episode_idx(env_idx, self.total_num_trials, options)
+
+    def _reset_episode_idx(self, env_idx, number, options):
+        assert len(env_idx) == self.num_envs and options["episode_id"].max() < number
+        self.pose[:] = 0
+        self.pose[:, 0] = options["episode_id"]
+
+
+def test_a_task_whose_episodes_are_numbered_begins_them_all_at_once(monkeypatch):
+    task = GridTask(3)
+    monkeypatch.setattr(maniskill, "create", lambda *_: SimpleNamespace(unwrapped=task, close=lambda: None))
+    batch = CudaVecEnv(ManiSkillSpec("PickCube-v1", image_size=4, max_episode_steps=4), 3, chunk=4, seed=0)
+    first = batch.reset(seed=[5, 9, 5])[0]["state"][:, 0]
+    assert first[0] == first[2] != first[1]
+    one = dict(options={"reset_mask": np.arange(3) == 0})
+    with pytest.raises(EnvError, match="PickCube-v1 begins all its episodes at once"):
+        batch.reset(seed=9, **one)
+    end = batch.step(np.zeros((3, 4, 7)))[0]["state"]
+    again = batch.reset(seed=9, **one)[0]["state"]
+    assert again[0, 0] == first[1] and again[0, 4] == 0
+    np.testing.assert_array_equal(again[1:], end[1:])
+    assert [int(frame[0, 0, 0]) for frame in batch.render()] == [0, 4, 4]
+
+
 def test_processes_take_over_where_physx_cannot_simulate_on_the_gpu(monkeypatch):
     """A GPU without PhysX's library for it, which is downloaded at the first use: a warning, and the pool."""
     tasks.registry()

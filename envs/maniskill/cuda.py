@@ -59,6 +59,7 @@ class CudaVecEnv(ChunkEnv):
 
     def __init__(self, spec: ManiSkillSpec, num_envs: int, *, chunk: int, seed: int, backend: str = "cuda"):
         super().__init__(spec, num_envs, seed)
+        self._drifted = np.zeros(num_envs, bool)  # which scenes are no longer those at the end of their episodes, `_scenes`
         with torch.no_grad():
             self.env = maniskill.create(spec, num_envs, backend)
             self.base = self.env.unwrapped
@@ -81,7 +82,6 @@ class CudaVecEnv(ChunkEnv):
             raise
         self._obs = {name: np.zeros(space.shape, space.dtype) for name, space in self.observation_space.items()}
         self._scenes: dict = self.base.get_state_dict()  # of each environment, at the end of its episode
-        self._drifted = np.zeros(num_envs, bool)  # which scenes have been simulated beyond that
 
     def reset(self, *, seed: int | Iterable[int] | None = None, options: dict | None = None) -> tuple[dict, dict]:
         seeds, mask = self._reset_arguments(seed, options)
@@ -152,8 +152,10 @@ class CudaVecEnv(ChunkEnv):
         obs_mode, base._obs_mode = base._obs_mode, "none"  # nobody reads this observation: do not render it
         try:
             if grid := plate.reset_options(base, self._seeds):  # their code knows no other than whole batches
-                if np.delete(self._running, index).any():
+                others = np.isin(np.arange(self.num_envs), index, invert=True)
+                if (self._running & others).any():
                     raise EnvError(f"{self.spec.env_id} begins all its episodes at once: not while others are running")
+                self._drifted |= others
                 base.reset(seed=self._seeds.tolist(), options=grid)
             else:
                 base.reset(seed=self._seeds.tolist(), options={"env_idx": torch.as_tensor(index, device=base.device)})

@@ -140,7 +140,7 @@ def _leaves(tree) -> list:
     return [leaf for value in tree.values() for leaf in _leaves(value)] if isinstance(tree, dict) else [tree]
 
 
-def state_vector(base, info: dict, joints: int | None) -> torch.Tensor:
+def state_vector(base, info: dict, joints: int | None = None) -> torch.Tensor:
     """(B, S) float32: so many joint positions, or proprioception and task extras; with object poses only in obs_mode "state"."""
     if joints:
         return base.agent.robot.get_qpos()[:, :joints].float()
