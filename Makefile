@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constrain
 RLINF := $(PIP) --no-deps rlinf==0.3.0
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint vulkan libero paper osmesa clean
+.PHONY: help run test lint docs vulkan libero paper osmesa clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -23,6 +23,9 @@ test: $(VENV)/.installed-test vulkan osmesa ## set up what is missing, then run 
 
 lint: $(VENV)/.installed-test ## check the code with ruff
 	$(BIN)/ruff check .
+
+docs: $(VENV)/.installed-docs ## build the site of docs/ into build/site
+	$(BIN)/mkdocs build --strict
 
 vulkan: $(VENV)/.installed ## install a software Vulkan driver if there is none that works
 	@PYTHON=$(BIN)/python bash scripts/setup_vulkan.sh
@@ -56,6 +59,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.installed-test: $(VENV)/.installed
 	@$(PIP) -e '.[test,track,data,libero,paper]'
 	@$(RLINF)
+	@touch $@
+
+$(VENV)/.installed-docs: pyproject.toml constraints.txt | $(BIN)/python
+	@$(PIP) 'mkdocs>=1.6' 'mkdocs-material>=9.5'
 	@touch $@
 
 $(VENV)/.installed-libero: $(VENV)/.installed

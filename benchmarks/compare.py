@@ -1,4 +1,4 @@
-"""Algorithms side by side: runs what is missing, then writes tables, pictures and commands to docs/comparison.md.
+"""Algorithms side by side: runs what is missing, then writes tables, pictures and commands into docs/.
 
     python benchmarks/compare.py --algos stepnft ppo stepnft-pi05 --tasks PickCube-v1 --obs-mode state --seeds 1 2 3
     python benchmarks/compare.py --ablations loss-wmse target-x0 --seeds 1 2 3     # or all of them: --ablations
@@ -66,7 +66,7 @@ ABLATIONS = {
         "sampler-ode-target-x0": "--sampler ode --target x0",
         "noise-0.7-to-0.2": "--noise-end 0.2",
         "labels-binary": "--labels binary",
-        "labels-gae": "--labels gae",
+        "labels-predicted": "--labels predicted --group-size 1",
         "max-drift-0.1": "--max-drift 0.1",
         "max-drift-2": "--max-drift 2",
         "ema-end-0.9": "--ema-end 0.9",
@@ -101,6 +101,9 @@ CHECKPOINT = "checkpoints/last/training.json"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's, told apart by everyone
 STYLES = [dict(color=colour, linestyle=line) for line in ("-", "--") for colour in COLOURS]  # of lines, until they repeat
 BEGIN, END = "<!-- results: written by benchmarks/compare.py -->", "<!-- end of results -->"
+PAGES = dict(overview="docs/compare.md", everything="docs/notebook/comparison.md")
+ASIDE = ("rft-replay-1", "stepnft-pi05-120", "stepnft-pi05-200")
+"""Labels of runs under settings that were given up: in the page of everything alone."""
 
 
 @dataclass
@@ -436,6 +439,26 @@ def summary(results: list[dict]) -> str:
     )
 
 
+def overview(results: list[dict]) -> str:
+    """A row per task, mode and label: mean and range over seeds, in and out of distribution."""
+    rows = []
+    for (env_id, mode, label), runs in groupby(sorted(results, key=group), group):
+        runs = list(runs)
+        oods = [r.get("ood", {}) for r in runs]
+        pairs = ([(r["before"]["success"], r["after"]["success"]) for r in runs],
+                 [(o["before"]["success"], o["success"]) for o in oods if "before" in o])
+        cells = [" → ".join(spread(values[: 1 if len(set(values)) == 1 else None], scale=100) for values in zip(*pair)) or "–"
+                 for pair in pairs]
+        if 0 < len(pairs[1]) < len(runs):
+            cells[1] += f", {len(pairs[1])} of {len(runs)} seeds"
+        rows.append([f"{env_id}, {mode}", label, str(len(runs)), *cells])
+    return markdown(["task", "label", "seeds", "success, %", "out of distribution, %"], rows)
+
+
+def group(result: dict) -> tuple[str, str, str]:
+    return result["env_id"], result["obs_mode"], result["label"]
+
+
 def each_run(results: list[dict]) -> str:
     """A row per run."""
     return markdown(
@@ -555,8 +578,8 @@ def draw_ablations(path: Path, title: str, variants: dict[str, list[dict]]) -> N
 
 def report() -> None:
     """Draw docs/images/comparison_<task>_<mode>.png, <label>_<task>_<mode>.png with the seeds of each algorithm, and
-    ablations_<task>_<mode>.png, and write what stands between the marks in docs/comparison.md."""
-    images, page = ROOT / "docs" / "images", ROOT / "docs" / "comparison.md"
+    ablations_<task>_<mode>.png, and write what stands between the marks in PAGES."""
+    images = ROOT / "docs" / "images"
     results, ablations, trials = (load(ROOT / "benchmarks" / "results" / folder) for folder in ("", "ablations", "tuning"))
     place = lambda r: (r["env_id"], r["obs_mode"])
     styles = dict(zip(dict.fromkeys(r["label"] for r in results), cycle(STYLES)))
@@ -571,13 +594,13 @@ def report() -> None:
             for label, runs in by_label(here).items():
                 seeds = {f"seed {r['seed']}": (style, [r]) for r, style in zip(runs, cycle(STYLES))}
                 draw(images / f"{label}_{env_id}_{mode}.png", f"{label}, {task}", seeds)
-            parts += [summary(here), f"![{task}](images/comparison_{env_id}_{mode}.png)",
+            parts += [summary(here), f"![{task}](../images/comparison_{env_id}_{mode}.png)",
                       "Each run, with 95 % Wilson intervals over its episodes:", each_run(here)]
             if table := out_of_distribution(here):
                 parts += ["Out of distribution, before → after:", table]
         if ablated:
             draw_ablations(images / f"ablations_{env_id}_{mode}.png", f"ablations of StepNFT, {task}", by_label(ablated))
-            parts += [f"Ablations, {task}:", each_variant(ablated), f"![ablations, {task}](images/ablations_{env_id}_{mode}.png)"]
+            parts += [f"Ablations, {task}:", each_variant(ablated), f"![ablations, {task}](../images/ablations_{env_id}_{mode}.png)"]
         if tried:
             parts += [f"Tuning trials, {task}, on the tuning episodes:", summary(tried)]
         parts += [f"Not the same in all runs: {'; '.join(d)}." for runs in (here, ablated, tried) if (d := unequal(runs))]
@@ -585,9 +608,12 @@ def report() -> None:
         for note in dict.fromkeys(r["note"] for r in everything if "note" in r):  # added to the files of these runs by hand
             parts.append(", ".join(f"{r['label']} {r['seed']}" for r in everything if r.get("note") == note) + f": {note}.")
         parts += ["Commands:", "\n".join(["```", *(renamed(r["command"]) for r in everything), "```"])]
-    before, rest = page.read_text().split(BEGIN)
-    page.write_text("\n\n".join([before + BEGIN, *(parts or ["No result yet."]), END + rest.split(END)[1]]))
-    print(f"{len(results)} results, {len(ablations)} ablations and {len(trials)} trials in {page}")
+    current = [r for r in results if r["label"] not in ASIDE]
+    for name, written in dict(overview=[overview(current)] if current else [], everything=parts).items():
+        page = ROOT / PAGES[name]
+        before, rest = page.read_text().split(BEGIN)
+        page.write_text("\n\n".join([before + BEGIN, *(written or ["No result yet."]), END + rest.split(END)[1]]))
+    print(f"{len(results)} results, {len(ablations)} ablations and {len(trials)} trials in {' and '.join(PAGES.values())}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Memory of training π0 and π0.5: estimated from the configuration at full size, measured at small size on the CPU.
 
-    python benchmarks/memory.py            # benchmarks/results/memory.json and the tables of docs/memory.md
+    python benchmarks/memory.py            # benchmarks/results/memory.json and the tables of docs/notebook/memory.md
     python benchmarks/memory.py --cameras 3 --horizon 50
     python benchmarks/memory.py --cuda     # full-size policies on a GPU: benchmarks/results/memory_cuda.json
 

@@ -28,7 +28,7 @@ def mkl_skips_avx512() -> bool:
 
 
 ONEDNN = mkl_skips_avx512()
-"""Compute linear layers of float32 on the CPU by oneDNN, at more than twice MKL's speed (docs/policies.md)."""
+"""Compute linear layers of float32 on the CPU by oneDNN, at more than twice MKL's speed (docs/notebook/policies.md)."""
 if ONEDNN:  # it, and PyTorch's layer above it, keep what they made for the last 1024 shapes: in rollouts, a gigabyte
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     os.environ.setdefault("LRU_CACHE_CAPACITY", "32")

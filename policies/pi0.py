@@ -112,7 +112,7 @@ class Pi0Config:
 
     @classmethod
     def tiny(cls, **overrides) -> "Pi0Config":
-        """The same architecture at about 1.8 M parameters, for two CPU cores, with any field overridden."""
+        """The same architecture at about 1.6 M parameters, for two CPU cores, with any field overridden."""
         sizes = dict(
             image_size=96, patch_size=12, num_cameras=1,
             vision_width=128, vision_depth=4, vision_mlp=256, vision_heads=4,

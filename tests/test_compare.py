@@ -82,11 +82,12 @@ row = lambda kind, name, before, after: dict(kind=kind, name=name, policies=dict
 
 @pytest.fixture
 def root(tmp_path, monkeypatch) -> Path:
-    for folder in ("algos", "docs", "benchmarks"):
-        (tmp_path / folder).mkdir()
+    for folder in ("algos", "docs/notebook", "benchmarks"):
+        (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "algos" / "fake.py").write_text(ALGORITHM)
     (tmp_path / "algos" / "evaluate.py").write_text(EVALUATE)
-    (tmp_path / "docs" / "comparison.md").write_text(PAGE)
+    for page in compare.PAGES.values():
+        (tmp_path / page).write_text(PAGE)
     monkeypatch.setattr(compare, "ROOT", tmp_path)
     return tmp_path
 
@@ -141,7 +142,7 @@ def test_names_fit_the_results_that_are_there(monkeypatch):
 
 def test_tuning_gives_every_algorithm_its_trials_on_other_episodes(root, monkeypatch):
     counts = {name: len(set(trials)) for name, trials in compare.TRIALS.items()}
-    assert counts == dict(stepnft=4, ppo=4, grpo=4, nft=9, rft=9)  # docs/comparison.md says why
+    assert counts == dict(stepnft=4, ppo=4, grpo=4, nft=9, rft=9)  # docs/notebook/comparison.md says why
     monkeypatch.setattr(compare, "TRIALS", dict(fake=["", "--rate 1e-5"], other=["--rate 2", "--noise 0.5", "--rate 3"]))
     shutil.copy(root / "algos" / "fake.py", root / "algos" / "other.py")
     jobs = compare.plan(compare.Args(["fake", "other", "other-pi05"], tuning=True))
@@ -287,7 +288,8 @@ def test_out_of_distribution_after_the_run_and_later(root):
     assert rows[0] == ["", "seed", "semantic, %", "execution, %", "mean of families, %", "episodes per variant"]
     assert rows[2] == ["fake", "1", "20.0 → 40.0 [30.0, 50.0]", "30.0 → 70.0 [60.0, 80.0]", "25.0 → 55.0 [45.0, 65.0]", "8"]
     compare.report()
-    assert "Out of distribution, before → after:" in (root / "docs" / "comparison.md").read_text()
+    assert "Out of distribution, before → after:" in (root / compare.PAGES["everything"]).read_text()
+    assert "| 50.0 → 50.0 | 25.0 → 55.0 |" in (root / compare.PAGES["overview"]).read_text()
 
 
 def test_two_programs_do_not_run_the_same_job(root):
@@ -307,7 +309,7 @@ def test_the_program(root):
     ended = subprocess.run(call, capture_output=True, text=True)
     assert ended.returncode == 1 and ended.stderr.endswith(f"fake-Task-v1-state-2: exit status 1; the end of {root}"
                                                            "/runs/compare/fake-Task-v1-state-2.log:\n")
-    assert "| fake | 3 |" in (root / "docs" / "comparison.md").read_text()
+    assert "| fake | 3 |" in (root / compare.PAGES["everything"]).read_text()
     waiting = subprocess.Popen([*call[:-2], "4", "--extra=--wait"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not list(root.glob("runs/fake-Task-v1-state-4-*/checkpoints/last/training.json")):
         assert waiting.poll() is None
@@ -369,8 +371,19 @@ def test_report_separates_algorithms_ablations_and_trials(root):
         store(root, "stepnft-loss-wmse", wmse, folder="ablations")
     store(root, "ppo-lr", result([0.5, 0.4], command="python algos/ppo_pi0.py --learning-rate 1"), folder="tuning")
     (root / "benchmarks" / "results" / "other.json").write_text('{"median": 1}')
+    store(root, compare.ASIDE[0], result([0.5, 0.1], env_id="Other-v1"))
     compare.report()
-    text = (root / "docs" / "comparison.md").read_text()
+    text = (root / compare.PAGES["overview"]).read_text()
+    assert [cells(row)[:3] for row in text.splitlines() if row.startswith("| Task")] == [
+        ["Task-v1, state", "ppo", "1"], ["Task-v1, state", "stepnft", "2"],
+    ]
+    assert "| stepnft | 2 | 50.0 → 85.0 (80.0–90.0) | – |" in text and compare.ASIDE[0] not in text
+    assert compare.ASIDE[0] in (root / compare.PAGES["everything"]).read_text()
+    (root / "benchmarks" / "results" / f"{compare.ASIDE[0]}-Other-v1-state-1.json").unlink()
+    for picture in (root / "docs" / "images").glob("*Other*"):
+        picture.unlink()
+    compare.report()
+    text = (root / compare.PAGES["everything"]).read_text()
     assert text.startswith(f"before\n\n{compare.BEGIN}\n") and text.endswith(f"{compare.END}\n\nafter\n") and "old" not in text
     first, ablations, tuning = text.replace("Tuning trials", "Ablations").split("Ablations, ")
     labels = lambda part: [cells(row)[0] for row in part.splitlines() if row.startswith("|")]
@@ -390,9 +403,9 @@ def test_report_separates_algorithms_ablations_and_trials(root):
         "ablations_Task-v1_state.png", "comparison_Task-v1_state.png", "ppo_Task-v1_state.png", "stepnft_Task-v1_state.png",
     ]
     compare.report()
-    assert (root / "docs" / "comparison.md").read_text() == text
+    assert (root / compare.PAGES["everything"]).read_text() == text
 
 
 def test_report_of_nothing(root):
     compare.report()
-    assert "No result yet." in (root / "docs" / "comparison.md").read_text()
+    assert all("No result yet." in (root / page).read_text() for page in compare.PAGES.values())

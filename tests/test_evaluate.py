@@ -345,7 +345,7 @@ def test_the_documented_table_is_the_measured_one():
     root = Path(__file__).parents[1]
     results = json.loads((root / "benchmarks" / "results" / "evaluate" / "PickCube-v1-rgb.json").read_text())
     table = report.markdown(results).split("### ")[0].split("\n\n")[1]
-    assert table in (root / "docs" / "evaluate.md").read_text() and table.count("\n") == 6
+    assert table in (root / "docs" / "notebook" / "evaluate.md").read_text() and table.count("\n") == 6
     assert results["episodes"] == 100 and [len(members) for members in report.groups(results).values()] == [3, 3, 1]
 
 

@@ -531,10 +531,10 @@ def test_a_suite_is_evaluated_and_what_is_there_is_not_repeated(checkpoint, tmp_
 @pytest.mark.slow
 @pytest.mark.parametrize("script, config", [("stepnft_pi0", policies.Pi0Config), ("stepnft_pi05", policies.Pi05Config)])
 def test_the_papers_protocol_runs_to_its_end(script, config, tmp_path):
-    """As docs/libero.md gives it, from a folder in openpi's layout on, but for numbers that are tiny."""
+    """As docs/paper.md gives it, from a folder in openpi's layout on, but for numbers that are tiny."""
     tiny = policies.load(random_policy(tmp_path / "tiny", config))
     given = write_openpi(tmp_path / "given", tiny)
-    first = (Path(__file__).parents[1] / "docs" / "libero.md").read_text().split("python - <<'EOF'\n")[1].split("EOF")[0]
+    first = (Path(__file__).parents[1] / "docs" / "paper.md").read_text().split("python - <<'EOF'\n")[1].split("EOF")[0]
     unseen = {name: getattr(tiny.config, name) for name in ("head_dim", "vision_heads", "max_token_len")}
     options = "horizon=10, discrete_state=False" if config is policies.Pi05Config else "horizon=8, relative=range(6)"
     for old, new in (

@@ -1,4 +1,4 @@
-"""docs/walkthrough.md: what it quotes stands in the algorithm file, its numbers are its script's, and its claims hold."""
+"""docs/notebook/walkthrough.md: what it quotes stands in the algorithm file, its numbers are its script's, and its claims hold."""
 
 import inspect
 import math
@@ -15,7 +15,8 @@ from benchmarks import walkthrough as toy
 from pi_stepnft.algos import stepnft_pi0 as nft
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = (ROOT / "docs" / "walkthrough.md").read_text()
+FOLDER = ROOT / "docs" / "notebook"
+PAGE = (FOLDER / "walkthrough.md").read_text()
 TEXT = " ".join(PAGE.split())  # wherever its lines break
 QUOTES = re.findall(r"From `(\w+)`:\n\n```python\n(.*?)```", PAGE, re.DOTALL)
 RUNS = re.findall(r"\| `learn\((.*?)\)` \| (\d+)(?: to (\d+))? \|", PAGE)
@@ -43,8 +44,8 @@ def test_every_quoted_line_stands_in_the_function_that_is_named():
 def test_pictures_and_links_exist_and_pictures_are_small():
     targets = re.findall(r"\]\(([^)#]+)", PAGE)
     pictures = [target for target in targets if target.endswith(".png")]
-    assert len(pictures) == 6 and all((ROOT / "docs" / target).is_file() for target in targets)
-    assert all((ROOT / "docs" / picture).stat().st_size <= 150_000 for picture in pictures)
+    assert len(pictures) == 6 and all((FOLDER / target).is_file() for target in targets)
+    assert all((FOLDER / picture).stat().st_size <= 150_000 for picture in pictures)
 
 
 def test_numbers_of_the_first_picture():
