@@ -600,7 +600,8 @@ def report() -> None:
                 parts += ["Out of distribution, before → after:", table]
         if ablated:
             draw_ablations(images / f"ablations_{env_id}_{mode}.png", f"ablations of StepNFT, {task}", by_label(ablated))
-            parts += [f"Ablations, {task}:", each_variant(ablated), f"![ablations, {task}](../images/ablations_{env_id}_{mode}.png)"]
+            picture = f"![ablations, {task}](../images/ablations_{env_id}_{mode}.png)"
+            parts += [f"Ablations, {task}:", each_variant(ablated), picture]
         if tried:
             parts += [f"Tuning trials, {task}, on the tuning episodes:", summary(tried)]
         parts += [f"Not the same in all runs: {'; '.join(d)}." for runs in (here, ablated, tried) if (d := unequal(runs))]

@@ -1,4 +1,5 @@
-# Docs: docs/frameworks.md. PPO in one file. final_obs is what an episode that was cut off ended with, from where its value goes on: python examples/cleanrl_ppo.py
+# Docs: docs/frameworks.md. PPO in one file: python examples/cleanrl_ppo.py
+# final_obs is what an episode that was cut off ended with, from where its value goes on.
 import gymnasium as gym
 import torch
 from torch import nn

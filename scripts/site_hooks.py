@@ -1,4 +1,4 @@
-"""Of mkdocs.yml: README, CHANGELOG and CONTRIBUTING are pages of the site too, and links to files that are none are left as words."""
+"""Of mkdocs.yml: README, CHANGELOG and CONTRIBUTING are pages of the site too; links to other files are left as words."""
 
 import re
 from pathlib import Path

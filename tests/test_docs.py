@@ -53,7 +53,8 @@ def test_links_and_anchors_resolve(path):
 
 def test_a_link_that_leads_nowhere_is_found(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text("# One `two`, three\n[a](page.md#one-two-three) [b](page.md#four) [c](none.md)\n```\n# five\n[d](e.md)\n```\n[f](#five)")
+    page.write_text("# One `two`, three\n"
+                    "[a](page.md#one-two-three) [b](page.md#four) [c](none.md)\n```\n# five\n[d](e.md)\n```\n[f](#five)")
     assert broken(page) == ["page.md#four", "none.md", "#five"]
 
 
