@@ -3,8 +3,8 @@
 A GPU's pass takes its FLOPs at a share of the peak, or the launches of its layers, whichever is longer. The settings are those of
 --paper; every episode lasts until it is cut off, which is the most that it can take, and a chunk has ten actions. A core is as fast
 as those that measured the environments: PickCube-v1's by cost_model.py, pictures of 224 px drawn on the core, LIBERO's in
-libero_throughput.json. Memory is docs/notebook/memory.md's, by the estimates of memory.json. On 64 GPUs all episodes of an iteration
-are played side by side, and RLinf keeps no prefixes.
+libero_throughput.json. Memory is docs/notebook/memory.md's, by the estimates of memory.json. On 64 GPUs all episodes of an
+iteration are played side by side, and RLinf keeps no prefixes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The pictures and numbers of docs/notebook/walkthrough.md: π-StepNFT on a two-dimensional flow, by algos/stepnft_pi0.py's functions.
+"""The pictures and numbers of docs/notebook/walkthrough.md: π-StepNFT on a two-dimensional flow, by the functions of stepnft_pi0.
 
     python benchmarks/walkthrough.py                  # docs/images/walkthrough_1_paths.png to walkthrough_6_rollout_policy.png
     python -c "from benchmarks.walkthrough import learn; print(learn(beta=5.0).success[-1])"                # an exercise

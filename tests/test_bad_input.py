@@ -107,7 +107,7 @@ RANGES = [
     ("stepnft_pi0", "--max-drift 0", "--max-drift must be greater than 0"),
     ("stepnft_pi0", "--ema-end 1.5", "--ema-end must be at most 1, got 1.5"),
     ("stepnft_pi0", "--ema-start -0.1", "--ema-start must be at least 0"),
-    ("stepnft_pi0", "--gamma nan", "--gamma must be at most 1, got nan"),
+    ("stepnft_pi0", "--gae-lambda nan", "--gae-lambda must be at most 1, got nan"),
     ("stepnft_pi0", "--transitions 4", "--transitions 4 is no solver step: they go from 0 to 3"),
     ("ppo", "--clip 0", "--clip must be greater than 0"),
     ("ppo", "--value-clip -1", "--value-clip must be"),
