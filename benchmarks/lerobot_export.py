@@ -1,7 +1,7 @@
 """Does lerobot act as we do with a policy that `policies.export(…, layout="lerobot")` has written, and does it succeed as often?
 
     python benchmarks/lerobot_export.py --python python3.12              # tiny policies: actions, then success in its evaluation
-    python benchmarks/lerobot_export.py --parts full --types pi0 pi05    # full size, random weights: 20 GB of memory, 15 GB of disk
+    python benchmarks/lerobot_export.py --parts full --types pi0 pi05    # full size, random weights: 23 GB of memory, 15 GB of disk
 
 lerobot's own code, unmodified, with all it imports, in a virtual environment that is made for it (Python 3.12): `from_pretrained`
 of both policies, the processors that `make_pre_post_processors` loads, `make_env` on a repository of the hub that lies in the
