@@ -268,6 +268,8 @@ def chunk_labels(
     y = (success − p) / max(p, 1 − p), whose mean is zero. Where all of them succeed, or none does, the outcome tells nothing about
     the actions, and the chunks are dropped.
     """
+    if kind not in ("binary", "group"):
+        raise ValueError(f'labels by the outcome alone are "binary" and "group", got {kind!r}')
     y = success[episode].astype(float)  # (M,)
     if kind == "binary":
         return 2 * y - 1, np.ones(len(y), bool)

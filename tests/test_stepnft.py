@@ -299,6 +299,8 @@ def test_binary_labels_are_the_outcome_of_the_episode():
     episode, position = np.array([0, 1, 1, 2]), np.array([0, 0, 1, 0])
     labels, keep = nft.chunk_labels(np.array([True, False, True]), np.array([0, 0, 1]), episode, position, "binary")
     assert labels.tolist() == [1, -1, -1, 1] and keep.all()
+    with pytest.raises(ValueError, match="got 'predicted'"):
+        nft.chunk_labels(np.array([True, False, True]), np.array([0, 0, 1]), episode, position, "predicted")
 
 
 def test_group_labels_compare_chunks_with_their_peers_and_drop_what_has_no_contrast():
