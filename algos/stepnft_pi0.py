@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pi_stepnft import envs, harness, policies
-from pi_stepnft.harness import Count, CountOrZero, Positive, PositiveOrZero, Share
+from pi_stepnft.harness import Count, CountOrZero, Positive, PositiveOrZero, Share, Size
 
 # What differs between stepnft_pi0.py and stepnft_pi05.py; all else is the same text.
 POLICY = "pi0"
@@ -69,7 +69,10 @@ class Args(harness.RLArgs):
     a chunk changes the chance of success, which a small network, a critic, learns to predict (with --group-size 1)"""
     gae_lambda: Share = 0.7
     """λ of label predicted: 0 believes the predictions, 1 the outcome"""
-
+    label_deviations: Positive = 2.0
+    """label predicted: a change of the chance by so many of its standard deviations makes a label of ±1"""
+    predictor_width: Size = 128
+    """of the two hidden layers of the predictor"""
     predictor_iterations: Count = 8
     """iterations whose outcomes the predictor learns from"""
     predictor_epochs: Count = 4
@@ -281,10 +284,10 @@ def chunk_labels(
 class SuccessPredictor(nn.Module):
     """The chance that an episode will succeed, from what the policy offers a critic, the state and the time; one half at first."""
 
-    def __init__(self, policy: policies.Pi0):
+    def __init__(self, policy: policies.Pi0, width: int):
         super().__init__()
-        width = policy.critic_width + policy.config.state_dim + 1
-        self.net = nn.Sequential(nn.Linear(width, 128), nn.GELU(), nn.Linear(128, 128), nn.GELU(), nn.Linear(128, 1))
+        layers = nn.Linear(policy.critic_width + policy.config.state_dim + 1, width), nn.Linear(width, width), nn.Linear(width, 1)
+        self.net = nn.Sequential(layers[0], nn.GELU(), layers[1], nn.GELU(), layers[2])
         nn.init.zeros_(self.net[-1].weight)
         nn.init.zeros_(self.net[-1].bias)
 
@@ -292,12 +295,12 @@ class SuccessPredictor(nn.Module):
         self, policy: policies.Pi0, prefix: policies.Prefix, state: torch.Tensor, noise: torch.Tensor, time: torch.Tensor
     ) -> torch.Tensor:
         """state: (B, S) normalised; noise: (B, H, A), where the solver's path begins; time: (B,) share of the episode that is over.
-        -> (B, width)"""
+        -> (B, W)"""
         features = policy.features(prefix, state, noise, torch.ones(len(noise), device=noise.device))
         return torch.cat((policy.critic_features(prefix, features), state, time.to(state)[:, None]), 1)
 
     def forward(self, seen: torch.Tensor) -> torch.Tensor:
-        """seen (B, width) -> logits (B,)"""
+        """seen (B, W) -> logits (B,)"""
         return self.net(seen).squeeze(-1)
 
 
@@ -341,7 +344,7 @@ def main(args: Args) -> None:
     rollout_policy = copy.deepcopy(policy, {id(p): p for p in policy.parameters() if not p.requires_grad})
     run.divide(policy, rollout_policy)
     parameters, rollout_parameters = ([p for p in w.parameters() if p.requires_grad] for w in (policy, rollout_policy))
-    predictor = SuccessPredictor(policy).to(device)
+    predictor = SuccessPredictor(policy, args.predictor_width).to(device)
     predicting = list(predictor.parameters()) if args.labels == "predicted" else []
     groups = [dict(params=parameters), dict(params=predicting, lr=args.predictor_learning_rate)]
     fused = device.type == "cuda"  # no temporary copies
@@ -353,8 +356,7 @@ def main(args: Args) -> None:
     std_eps = 1.0 if args.sampler == "ode" else args.std_eps  # ode: the variance is 0 + 1
     run.make_envs(policy)
     E, G = args.num_envs * args.rollout_epochs, args.group_size
-    run.begin(dict(policy=policy, rollout_policy=rollout_policy), optimizer,
-              unsaved=dict(predictor=predicting), memory=memory)
+    run.begin(dict(policy=policy, rollout_policy=rollout_policy), optimizer, unsaved=dict(predictor=predicting), memory=memory)
 
     for iteration in run.iterations():
         # ---------------------------------------------------------------------- rollout: explore with θ_old, remember transitions
@@ -386,7 +388,7 @@ def main(args: Args) -> None:
             with torch.no_grad():
                 p = predictor(chunks.seen).sigmoid().cpu().numpy()
             advantage = advantages(p, success, episode, turn, args.gae_lambda)
-            labels = np.clip(advantage / (2 * run.mean(advantage[keep] ** 2) ** 0.5 + 1e-8), -1, 1)
+            labels = np.clip(advantage / (args.label_deviations * run.mean(advantage[keep] ** 2) ** 0.5 + 1e-8), -1, 1)
             used, outcome = torch.from_numpy(keep).to(device), torch.from_numpy(success[episode]).float().to(device)
             memory.append([chunks.seen[used], outcome[used]])
             seen, outcome = map(torch.cat, zip(*memory))

@@ -560,9 +560,9 @@ def bundled_for(env_id: str, obs_mode: str) -> Iterator[tuple[str, dict]]:
 
 
 def bundled_start(env_id: str, obs_mode: str, policy_type: str) -> str:
-    """Name of the checkpoint that ships to start from. Raises RunError with the command that makes one where there is none."""
+    """Name of the checkpoint that ships for a task. Raises RunError with the command that makes one where there is none."""
     for name, config in bundled_for(env_id, obs_mode):
-        if config["type"] == policy_type and "stepnft" not in config["meta"]:  # that one is how far it comes
+        if config["type"] == policy_type:
             return name
     envs.check(env_id)
     where = f"--env-id {env_id} --obs-mode {obs_mode}"
