@@ -33,6 +33,8 @@ import pi_stepnft  # noqa: F401
 sys.path.pop(0)
 
 import numpy as np
+import pages
+from pages import load, markdown, rate, read, spread
 from tqdm import tqdm
 
 from pi_stepnft import envs, harness
@@ -100,10 +102,7 @@ CHECKPOINT = "checkpoints/last/training.json"
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's, told apart by everyone
 STYLES = [dict(color=colour, linestyle=line) for line in ("-", "--") for colour in COLOURS]  # of lines, until they repeat
-BEGIN, END = "<!-- results: written by benchmarks/compare.py -->", "<!-- end of results -->"
-PAGES = dict(overview="docs/compare.md", everything="docs/notebook/comparison.md")
-ASIDE = ("rft-replay-1", "stepnft-pi05-120", "stepnft-pi05-200")
-"""Labels of runs under settings that were given up: in the page of everything alone."""
+PAGE = "docs/notebook/comparison.md"
 
 
 @dataclass
@@ -222,10 +221,6 @@ def plan(args: Args) -> list[Job]:
         for env_id in args.tasks
         for label, (algorithm, extra, folder) in entries.items()
     ]
-
-
-def read(path: Path) -> dict:
-    return json.loads(path.read_text())
 
 
 def write(path: Path, content: dict) -> None:
@@ -370,17 +365,6 @@ def run_all(jobs: list[Job], ood: int = 0) -> dict[str, str]:
 # -------------------------------------------------------------------------------------------------------------- the report
 
 
-def load(folder: Path) -> list[dict]:
-    """All results of a folder, with their labels."""
-    results = []
-    for path in sorted(folder.glob("*.json")):
-        result = read(path)
-        if "curve" in result:  # other benchmarks leave their files beside ours
-            result["label"] = path.stem.removesuffix(f"-{result['env_id']}-{result['obs_mode']}-{result['seed']}")
-            results.append(result)
-    return sorted(results, key=lambda r: (r["label"], r["seed"]))
-
-
 def by_label(results: list[dict]) -> dict[str, list[dict]]:
     return {label: list(runs) for label, runs in groupby(results, lambda r: r["label"])}
 
@@ -388,28 +372,6 @@ def by_label(results: list[dict]) -> dict[str, list[dict]]:
 def first_at(curve: list[dict], key: str, success: float = 0.8) -> float | None:
     """`key` of the first evaluation with at least this success."""
     return next((point[key] for point in curve if point["success"] >= success), None)
-
-
-def spread(values: list[float | None], form: str = ".1f", scale: float = 1) -> str:
-    """mean (min–max) of the values that are there, and how many these are if not all; – for none."""
-    given = [value * scale for value in values if value is not None]
-    if not given:
-        return "–"
-    text = f"{np.mean(given):{form}}"
-    if len(given) > 1:
-        text += f" ({min(given):{form}}–{max(given):{form}})"
-    return text if len(given) == len(values) else f"{text}, {len(given)} of {len(values)} seeds"
-
-
-def rate(outcome: dict | None) -> str:
-    if outcome is None:
-        return "–"
-    low, high = outcome["interval"]
-    return f"{100 * outcome['success']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
 
 
 def summary_row(label: str, runs: list[dict]) -> list[str]:
@@ -437,26 +399,6 @@ def summary(results: list[dict]) -> str:
          "parameters trained", "forward passes"],
         [summary_row(label, runs) for label, runs in by_label(results).items()],
     )
-
-
-def overview(results: list[dict]) -> str:
-    """A row per task, mode and label: mean and range over seeds, in and out of distribution."""
-    rows = []
-    for (env_id, mode, label), runs in groupby(sorted(results, key=group), group):
-        runs = list(runs)
-        oods = [r.get("ood", {}) for r in runs]
-        pairs = ([(r["before"]["success"], r["after"]["success"]) for r in runs],
-                 [(o["before"]["success"], o["success"]) for o in oods if "before" in o])
-        cells = [" → ".join(spread(values[: 1 if len(set(values)) == 1 else None], scale=100) for values in zip(*pair)) or "–"
-                 for pair in pairs]
-        if 0 < len(pairs[1]) < len(runs):
-            cells[1] += f", {len(pairs[1])} of {len(runs)} seeds"
-        rows.append([f"{env_id}, {mode}", label, str(len(runs)), *cells])
-    return markdown(["task", "label", "seeds", "success, %", "out of distribution, %"], rows)
-
-
-def group(result: dict) -> tuple[str, str, str]:
-    return result["env_id"], result["obs_mode"], result["label"]
 
 
 def each_run(results: list[dict]) -> str:
@@ -578,7 +520,7 @@ def draw_ablations(path: Path, title: str, variants: dict[str, list[dict]]) -> N
 
 def report() -> None:
     """Draw docs/images/comparison_<task>_<mode>.png, <label>_<task>_<mode>.png with the seeds of each algorithm, and
-    ablations_<task>_<mode>.png, and write what stands between the marks in PAGES."""
+    ablations_<task>_<mode>.png, and write what stands between the marks in PAGE, and all that pages.py writes."""
     images = ROOT / "docs" / "images"
     results, ablations, trials = (load(ROOT / "benchmarks" / "results" / folder) for folder in ("", "ablations", "tuning"))
     place = lambda r: (r["env_id"], r["obs_mode"])
@@ -609,12 +551,11 @@ def report() -> None:
         for note in dict.fromkeys(r["note"] for r in everything if "note" in r):  # added to the files of these runs by hand
             parts.append(", ".join(f"{r['label']} {r['seed']}" for r in everything if r.get("note") == note) + f": {note}.")
         parts += ["Commands:", "\n".join(["```", *(renamed(r["command"]) for r in everything), "```"])]
-    current = [r for r in results if r["label"] not in ASIDE]
-    for name, written in dict(overview=[overview(current)] if current else [], everything=parts).items():
-        page = ROOT / PAGES[name]
-        before, rest = page.read_text().split(BEGIN)
-        page.write_text("\n\n".join([before + BEGIN, *(written or ["No result yet."]), END + rest.split(END)[1]]))
-    print(f"{len(results)} results, {len(ablations)} ablations and {len(trials)} trials in {' and '.join(PAGES.values())}")
+    text = "\n\n".join(parts or ["No result yet."])
+    page = ROOT / PAGE
+    page.write_text(pages.fill(page.read_text(), {"every run": lambda _: text}, ROOT))
+    pages.write(ROOT)
+    print(f"{len(results)} results, {len(ablations)} ablations and {len(trials)} trials in {PAGE}; means in the pages for users")
 
 
 if __name__ == "__main__":

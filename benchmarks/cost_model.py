@@ -2,7 +2,7 @@
 
     python benchmarks/cost_model.py            # benchmarks/results/cost_model.json
     python benchmarks/cost_model.py --quick    # a few minutes on two slow cores, little averaging
-    python benchmarks/cost_model.py --table    # that file as the tables of docs/scaling.md
+    python benchmarks/cost_model.py --table    # that file's tables of GPUs; of this machine: benchmarks/pages.py
 
 An iteration is a rollout and an update. With E episodes, played in `calls` turns of side-by-side environments, S environment steps,
 M chunks, of which a share carries signal, K solver steps, and T trained parameters:
@@ -212,12 +212,7 @@ def table(heads: str, rows) -> None:
 
 
 def tables(record: dict) -> None:
-    """The results as Markdown."""
-    phases = lambda r: [*zip(r["predicted"], r["measured"]), (sum(r["predicted"]), sum(r["measured"]))]
-    table("run; parameters; rollout, s: predicted, measured; update, s; iteration, s; error", (
-        (name, f"{r['parameters'] / 1e6:.1f} M", *(f"{p:.2f}, {m:.2f}" for p, m in phases(r)), f"{r['error_percent']:+.0f} %")
-        for name, r in record["runs"].items()
-    ))
+    """What is computed of GPUs, as Markdown."""
     where = dict(device="{:.0f}, on it", cpu="{:.0f}, in host memory", off="encoded again")
     names = "; ".join(f"{name}, s" for name in record["paper"][0]["phases"])
     table(f"settings, trained; hardware; {names}; iteration, s; with `--overlap`; GB on a GPU; prefixes, GB; longest; what helps", (

@@ -21,11 +21,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import compare  # noqa: E402
+import pages  # noqa: E402
 
 from pi_stepnft import harness  # noqa: E402
 from pi_stepnft.algos import stepnft_pi0  # noqa: E402
 
-PAGE = f"before\n\n{compare.BEGIN}\n\nold\n\n{compare.END}\n\nafter\n"
+OVERVIEW = "docs/compare.md"
+MARKED = "before\n\n<!-- results: {} -->\n\nold\n\n<!-- end of results -->\n\nafter\n"
 
 # What an algorithm file does as far as compare.py can tell: it fails with seed 2, and with --wait it stops after its checkpoint.
 ALGORITHM = """
@@ -86,8 +88,8 @@ def root(tmp_path, monkeypatch) -> Path:
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "algos" / "fake.py").write_text(ALGORITHM)
     (tmp_path / "algos" / "evaluate.py").write_text(EVALUATE)
-    for page in compare.PAGES.values():
-        (tmp_path / page).write_text(PAGE)
+    for page, name in ((OVERVIEW, "overview"), (compare.PAGE, "every run")):
+        (tmp_path / page).write_text(MARKED.format(name))
     monkeypatch.setattr(compare, "ROOT", tmp_path)
     return tmp_path
 
@@ -288,8 +290,8 @@ def test_out_of_distribution_after_the_run_and_later(root):
     assert rows[0] == ["", "seed", "semantic, %", "execution, %", "mean of families, %", "episodes per variant"]
     assert rows[2] == ["fake", "1", "20.0 → 40.0 [30.0, 50.0]", "30.0 → 70.0 [60.0, 80.0]", "25.0 → 55.0 [45.0, 65.0]", "8"]
     compare.report()
-    assert "Out of distribution, before → after:" in (root / compare.PAGES["everything"]).read_text()
-    assert "| 50.0 → 50.0 | 25.0 → 55.0 |" in (root / compare.PAGES["overview"]).read_text()
+    assert "Out of distribution, before → after:" in (root / compare.PAGE).read_text()
+    assert "| 50.0 [40.0, 60.0] | 50.0 [40.0, 60.0] | 25.0 → 55.0 [45.0, 65.0] |" in (root / OVERVIEW).read_text()
 
 
 def test_two_programs_do_not_run_the_same_job(root):
@@ -302,14 +304,14 @@ def test_two_programs_do_not_run_the_same_job(root):
 
 def test_the_program(root):
     """From the command line: what is there is reported although a run failed, and SIGTERM ends it with its run."""
-    program = shutil.copy(ROOT / "benchmarks" / "compare.py", root / "benchmarks" / "compare.py")
+    program, _ = (shutil.copy(ROOT / "benchmarks" / name, root / "benchmarks" / name) for name in ("compare.py", "pages.py"))
     call = [sys.executable, program, "--algos", "fake", "--tasks", "Task-v1", "--seeds", "2", "3"]
     dry = subprocess.run([*call, "--dry-run"], capture_output=True, text=True, check=True)
     assert "fake-Task-v1-state-3: missing" in dry.stdout and not list(root.glob("runs/fake-*"))
     ended = subprocess.run(call, capture_output=True, text=True)
     assert ended.returncode == 1 and ended.stderr.endswith(f"fake-Task-v1-state-2: exit status 1; the end of {root}"
                                                            "/runs/compare/fake-Task-v1-state-2.log:\n")
-    assert "| fake | 3 |" in (root / compare.PAGES["everything"]).read_text()
+    assert "| fake | 3 |" in (root / compare.PAGE).read_text()
     waiting = subprocess.Popen([*call[:-2], "4", "--extra=--wait"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not list(root.glob("runs/fake-Task-v1-state-4-*/checkpoints/last/training.json")):
         assert waiting.poll() is None
@@ -327,7 +329,7 @@ def test_summary_of_three_seeds(root):
     for seed, success, memory in ((1, [0.5, 0.79, 0.8], 1.0), (2, [0.5, 0.9, 0.7], 3.0), (3, [0.5, 0.6, 0.75], 2.0)):
         store(root, "ppo", result(success, seed=seed, peak_memory_gb=memory, **more))
     row = cells(compare.summary(compare.load(root / "benchmarks" / "results")).splitlines()[2])
-    assert row[:5] == ["ppo", "1, 2, 3", "50.0 (50.0–50.0)", "75.0 (70.0–80.0)", "–"]
+    assert row[:5] == ["ppo", "1, 2, 3", "50.0", "75.0 (70.0–80.0)", "–"]
     assert row[5:] == ["2 (1–2), 2 of 3 seeds", "1.5 (1.0–2.0), 2 of 3 seeds", "3.00", "1,234,567", "4"]
 
 
@@ -371,20 +373,20 @@ def test_report_separates_algorithms_ablations_and_trials(root):
         store(root, "stepnft-loss-wmse", wmse, folder="ablations")
     store(root, "ppo-lr", result([0.5, 0.4], command="python algos/ppo_pi0.py --learning-rate 1"), folder="tuning")
     (root / "benchmarks" / "results" / "other.json").write_text('{"median": 1}')
-    store(root, compare.ASIDE[0], result([0.5, 0.1], env_id="Other-v1"))
+    store(root, pages.ASIDE[0], result([0.5, 0.1], env_id="Other-v1"))
     compare.report()
-    text = (root / compare.PAGES["overview"]).read_text()
+    text = (root / OVERVIEW).read_text()
     assert [cells(row)[:3] for row in text.splitlines() if row.startswith("| Task")] == [
         ["Task-v1, state", "ppo", "1"], ["Task-v1, state", "stepnft", "2"],
     ]
-    assert "| stepnft | 2 | 50.0 → 85.0 (80.0–90.0) | – |" in text and compare.ASIDE[0] not in text
-    assert compare.ASIDE[0] in (root / compare.PAGES["everything"]).read_text()
-    (root / "benchmarks" / "results" / f"{compare.ASIDE[0]}-Other-v1-state-1.json").unlink()
+    assert "| stepnft | 2 | 50.0 | 85.0 (80.0–90.0) | – |" in text and pages.ASIDE[0] not in text
+    assert pages.ASIDE[0] in (root / compare.PAGE).read_text()
+    (root / "benchmarks" / "results" / f"{pages.ASIDE[0]}-Other-v1-state-1.json").unlink()
     for picture in (root / "docs" / "images").glob("*Other*"):
         picture.unlink()
     compare.report()
-    text = (root / compare.PAGES["everything"]).read_text()
-    assert text.startswith(f"before\n\n{compare.BEGIN}\n") and text.endswith(f"{compare.END}\n\nafter\n") and "old" not in text
+    text = (root / compare.PAGE).read_text()
+    assert text.startswith("before\n\n<!-- ") and text.endswith(" -->\n\nafter\n") and "old" not in text
     first, ablations, tuning = text.replace("Tuning trials", "Ablations").split("Ablations, ")
     labels = lambda part: [cells(row)[0] for row in part.splitlines() if row.startswith("|")]
     assert labels(first) == ["", "---", "ppo", "stepnft", "", "---", "ppo", "stepnft", "stepnft"]
@@ -403,9 +405,9 @@ def test_report_separates_algorithms_ablations_and_trials(root):
         "ablations_Task-v1_state.png", "comparison_Task-v1_state.png", "ppo_Task-v1_state.png", "stepnft_Task-v1_state.png",
     ]
     compare.report()
-    assert (root / compare.PAGES["everything"]).read_text() == text
+    assert (root / compare.PAGE).read_text() == text
 
 
 def test_report_of_nothing(root):
     compare.report()
-    assert all("No result yet." in (root / page).read_text() for page in compare.PAGES.values())
+    assert all("No result yet." in (root / page).read_text() for page in (OVERVIEW, compare.PAGE))

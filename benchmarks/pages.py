@@ -1,0 +1,258 @@
+"""The tables of README.md and docs/, written from benchmarks/results/: python benchmarks/pages.py
+
+A table stands between the marks <!-- results: NAME --> and <!-- end of results -->. TABLES says what it is made of: of trainings,
+globs of their result files, one row each, seeds averaged. FIGURES says where the percentages in a page's sentences come from.
+tests/test_pages.py holds pages and files together. Every single run, and the pictures: benchmarks/compare.py.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- results: {} -->", "<!-- end of results -->"
+MARKED = re.compile(BEGIN.format("(.+?)") + r".*?" + END, re.DOTALL)
+ASIDE = ("rft-replay-1", "stepnft-pi05-120", "stepnft-pi05-200")
+"""Labels of runs under settings that were given up: not in the overview."""
+
+
+class PageError(Exception):
+    """A table or figure without its file."""
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def load(folder: Path, pattern: str = "*.json") -> list[dict]:
+    """The trainings of a folder, sorted, with their paths and labels; other benchmarks leave their files beside them."""
+    results = []
+    for path in sorted(folder.glob(pattern)):
+        if "curve" in (r := read(path)):
+            results.append(r | dict(path=path, label=path.stem.removesuffix(f"-{r['env_id']}-{r['obs_mode']}-{r['seed']}")))
+    return sorted(results, key=lambda r: (r["label"], r["seed"]))
+
+
+# --------------------------------------------------------------------------------------------------------------- cells and rows
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    head, *lines = ("| " + " | ".join(row) + " |" for row in (header, *rows))
+    return "\n".join((head, "|" + "---|" * len(header), *lines))
+
+
+def spread(values: list[float | None], form: str = ".1f", scale: float = 1) -> str:
+    """mean (lowest–highest) of the values that are there, and how many these are if not all; – for none."""
+    given = [value * scale for value in values if value is not None]
+    if not given:
+        return "–"
+    text, low, high = (f"{value:{form}}" for value in (np.mean(given), min(given), max(given)))
+    if low != high:
+        text += f" ({low}–{high})"
+    return text if len(given) == len(values) else f"{text}, {len(given)} of {len(values)} seeds"
+
+
+def rate(outcome: dict | None) -> str:
+    if outcome is None:
+        return "–"
+    low, high = outcome["interval"]
+    return f"{100 * outcome['success']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def success(key: str) -> Callable[[list[dict]], str]:
+    """Of a single run with its interval over episodes, of several the mean with the lowest and the highest."""
+
+    def cell(runs: list[dict]) -> str:
+        outcomes = [r.get(key) for r in runs]
+        return rate(outcomes[0]) if len(runs) == 1 else spread([o and o["success"] for o in outcomes], scale=100)
+
+    return cell
+
+
+def out_of_distribution(runs: list[dict]) -> str:
+    """before → after."""
+    found = [r["ood"] for r in runs if "before" in r.get("ood", {})]
+    if not found:
+        return "–"
+    after = rate(found[0]) if len(runs) == 1 else spread([ood["success"] for ood in found], scale=100)
+    few = f", {len(found)} of {len(runs)} seeds" if len(found) < len(runs) else ""
+    return f"{spread([ood['before']['success'] for ood in found], scale=100)} → {after}{few}"
+
+
+def replay(runs: list[dict]) -> str:
+    """Success of demonstrations repeated blindly in the task (benchmarks/replay_baseline.py), their mean."""
+    path = runs[0]["path"].with_name(f"replay-{runs[0]['env_id'].replace('/', '-')}-{runs[0]['obs_mode']}.json")
+    return spread([np.mean([row["success"] for row in read(path)["rows"]])], scale=100) if path.exists() else "–"
+
+
+COLUMNS: dict[str, Callable[[list[dict]], str]] = {
+    "seeds": lambda runs: str(len(runs)),
+    "before, %": success("before"),
+    "after, %": success("after"),
+    "after θ_old, %": success("after_rollout_policy"),
+    "out of distribution, %": out_of_distribution,
+    "thousand steps": lambda runs: spread([r["env_steps"] for r in runs], ".0f", 1e-3),
+    "minutes": lambda runs: spread([r["training_minutes"] for r in runs], ".0f"),
+    "commit": lambda runs: ", ".join(dict.fromkeys(r.get("commit", "–")[:7] for r in runs)),
+    "success, %": success("before"),
+    "replay of a demonstration, %": replay,
+}
+OVERVIEW = ("seeds", "before, %", "after, %", "out of distribution, %")
+HEADLINE = ("before, %", "after, %", "thousand steps", "minutes", "commit")
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Trainings: a row per glob. words: heads of the columns that say what was run; rows: these words, then the glob."""
+
+    words: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    columns: tuple[str, ...] = HEADLINE
+
+    def __call__(self, results: Path) -> str:
+        rows = []
+        for *words, pattern in self.rows:
+            if not (runs := load(results, pattern)):
+                raise PageError(f"no training in {results}/{pattern}")
+            rows.append([*words, *(COLUMNS[column](runs) for column in self.columns)])
+        return markdown([*self.words, *self.columns], rows)
+
+
+def overview(results: Path) -> str:
+    """A row per task, mode and label."""
+    group = lambda r: (r["env_id"], r["obs_mode"], r["label"])
+    runs = sorted((r for r in load(results) if r["label"] not in ASIDE), key=group)
+    rows = []
+    for (env_id, mode, label), members in groupby(runs, group):
+        some = list(members)
+        rows.append([f"{env_id}, {mode}", label, *(COLUMNS[column](some) for column in OVERVIEW)])
+    return markdown(["task", "label", *OVERVIEW], rows) if rows else "No result yet."
+
+
+def overlap(results: Path) -> str:
+    found = read(results / "overlap.json")
+    rows = [[f"{r['policy_s']:.2f}" if r["policy_s"] else "tiny π0", f"{found['simulation_s']:.2f}",
+             f"{r['without_s']:.2f}", f"{r['overlapped_s']:.2f}"] for r in found["rows"]]
+    return markdown(["policy, s", "simulation, s", "without, s", "with `--overlap`, s"], rows)
+
+
+def cost_model(results: Path) -> str:
+    rows = []
+    for name, run in read(results / "cost_model.json")["runs"].items():
+        pairs = [*zip(run["predicted"], run["measured"]), (sum(run["predicted"]), sum(run["measured"]))]
+        error = f"{run['error_percent']:+.0f} %".replace("-", "−")
+        rows.append([name, f"{run['parameters'] / 1e6:.1f} M", *(f"{p:.2f}, {m:.2f}" for p, m in pairs), error])
+    return markdown(["run", "parameters", "rollout, s", "update, s", "iteration, s", "error"], rows)
+
+
+# --------------------------------------------------------------------------------------------------------- what stands where
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "headline": Runs(("command",), [
+        ("`make run`", "stepnft-PickCube-v1-rgb-*.json"),
+        ('`make run ARGS="--obs-mode state"`', "stepnft-PickCube-v1-state-*.json"),
+        ("`python algos/stepnft_pi05.py --env-id PickCube-v1`", "stepnft-pi05-PickCube-v1-rgb-*.json"),
+    ]),
+    "stepnft": Runs(("task", "policy"), [
+        ("PickCube-v1, rgb", "π0", "stepnft-PickCube-v1-rgb-*.json"),
+        ("PickCube-v1, rgb, all 120 iterations", "π0", "stepnft-120-PickCube-v1-rgb-*.json"),
+        ("PickCube-v1, state", "π0", "stepnft-PickCube-v1-state-*.json"),
+        ("StackCube-v1, state, 80 iterations", "π0", "stepnft-StackCube-v1-state-*.json"),
+        ("PickCube-v1, rgb", "π0.5", "stepnft-pi05-PickCube-v1-rgb-*.json"),
+        ("PickCube-v1, state", "π0.5", "stepnft-pi05-PickCube-v1-state-*.json"),
+    ]),
+    "ppo": Runs(("task",), [
+        ("PickCube-v1, state", "ppo-PickCube-v1-state-*.json"),
+        ("StackCube-v1, state, 80 iterations", "ppo-StackCube-v1-state-*.json"),
+        ("PickCube-v1, rgb, all 120 iterations", "ppo-120-PickCube-v1-rgb-*.json"),
+    ]),
+    "grpo": Runs(("task",), [("PickCube-v1, state", "grpo-PickCube-v1-state-*.json")]),
+    "nft": Runs(("task",), [("PickCube-v1, state", "nft-PickCube-v1-state-*.json")], (*HEADLINE, "after θ_old, %")),
+    "rft": Runs(("task",), [
+        ("PickCube-v1, state", "rft-PickCube-v1-state-*.json"),
+        ("PickCube-v1, state, `--replay 1`, one seed", "rft-replay-1-PickCube-v1-state-*.json"),
+    ]),
+    "shipped": Runs(("policy",), [
+        ("`pi0-tiny-pickcube-rgb`", "stepnft-PickCube-v1-rgb-1.json"),
+        ("`pi0-tiny-pickcube-state`", "stepnft-PickCube-v1-state-1.json"),
+        ("`pi0-tiny-stackcube-state`", "stepnft-StackCube-v1-state-1.json"),
+        ("`pi05-tiny-pickcube-rgb`", "stepnft-pi05-PickCube-v1-rgb-1.json"),
+        ("`pi05-tiny-pickcube-state`", "stepnft-pi05-PickCube-v1-state-1.json"),
+    ], ("success, %",)),
+    "libero": Runs(("task",), [
+        ("libero_object/3", "libero/stepnft-libero_object-3-state-1.json"),
+        ("libero_spatial/8", "libero/stepnft-libero_spatial-8-state-1.json"),
+    ], ("before, %", "after, %", "replay of a demonstration, %")),
+    "ranks": Runs(("processes",), [("one", "ranks/PickCube-v1-state-1-*.json"), ("two ranks", "ranks/PickCube-v1-state-2-*.json")]),
+    "overview": overview, "overlap": overlap, "cost model": cost_model,
+}
+
+COMPARED = "evaluate/PickCube-v1-rgb.json"
+INSIDE, OUTSIDE = (f"group_rows/{name}/policies/StepNFT/" for name in ("PickCube-v1", "OOD mean"))
+RANKS = "ranks/PickCube-v1-state-1-{}.json"
+FIGURES: dict[str, dict[str, tuple[str, str]]] = {
+    "docs/compare.md": {
+        "+4.0": (COMPARED, INSIDE + "difference"),
+        "−5.5": (COMPARED, INSIDE + "difference_interval/0"),
+        "+13.5": (COMPARED, INSIDE + "difference_interval/1"),
+        "+2.6": (COMPARED, OUTSIDE + "difference"),
+        "1.4": (COMPARED, OUTSIDE + "difference_interval/0"),
+        "3.8": (COMPARED, OUTSIDE + "difference_interval/1"),
+    },
+    "docs/stepnft.md": {
+        "85.9": (RANKS.format(1), "after/success"),
+        "83.0": (RANKS.format(2), "after/success"),
+        "82.8": (RANKS.format(3), "after/success"),
+        "49.8": (RANKS.format("*"), "before/success"),
+    },
+}
+"""Page → figure in a sentence, in % or points → its files, of which it is the mean, and where in them; rows go by their names."""
+LEVELS = {"95": "of intervals", "80": "of success, where compare.first_at counts what it took to get there"}
+"""Percentages that are no results."""
+
+
+def look_up(results: Path, pattern: str, place: str) -> float:
+    """What FIGURES points to, times 100."""
+    found = []
+    for path in sorted(results.glob(pattern)):
+        value = read(path)
+        for key in place.split("/"):
+            if isinstance(value, list):
+                value = value[int(key)] if key.isdigit() else next(row for row in value if row["name"] == key)
+            else:
+                value = value[key]
+        found.append(value)
+    if not found:
+        raise PageError(f"no file {results}/{pattern}")
+    return 100 * float(np.mean(found))
+
+
+def fill(text: str, tables: Mapping[str, Callable[[Path], str]], results: Path) -> str:
+    """A page with its tables written anew."""
+
+    def table(found: re.Match) -> str:
+        if (name := found[1]) not in tables:
+            raise PageError(f"no table {name!r}; there are {', '.join(tables)}")
+        return "\n\n".join((BEGIN.format(name), tables[name](results), END))
+
+    return MARKED.sub(table, text)
+
+
+def user_pages(root: Path = ROOT) -> list[Path]:
+    return [path for path in (root / "README.md", *sorted((root / "docs").glob("*.md"))) if path.exists()]
+
+
+def write(root: Path = ROOT) -> None:
+    for page in user_pages(root):
+        page.write_text(fill(page.read_text(), TABLES, root / "benchmarks" / "results"))
+
+
+if __name__ == "__main__":
+    write()
