@@ -9,17 +9,21 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constrain
 RLINF := $(PIP) --no-deps rlinf==0.3.0
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint docs vulkan libero paper osmesa clean
+.PHONY: help run test results lint docs vulkan libero paper osmesa clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
-	@echo 'variables:    PYTHON=python3.11 (the interpreter of a new .venv), ARGS="…" (passed on by run and test)'
+	@echo 'variables:    PYTHON=python3.11 (the interpreter of a new .venv), ARGS="…" (passed on by run, test and results)'
 
 run: $(VENV)/.installed vulkan ## set up what is missing, then train π0 with π-StepNFT on PickCube-v1
 	$(BIN)/python algos/stepnft_pi0.py --env-id PickCube-v1 $(ARGS)
 
 test: $(VENV)/.installed-test vulkan osmesa ## set up what is missing, then run the fast tests (slow ones: ARGS="-n 0 -m slow")
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+results: $(VENV)/.installed vulkan ## repeat the command of the front page (half an hour) and say whether its result still holds
+	$(BIN)/python algos/stepnft_pi0.py --env-id PickCube-v1 $(ARGS)
+	$(BIN)/python benchmarks/holds.py
 
 lint: $(VENV)/.installed-test ## check the code with ruff
 	$(BIN)/ruff check .

@@ -92,6 +92,12 @@ def replay(runs: list[dict]) -> str:
     return spread([np.mean([row["success"] for row in read(path)["rows"]])], scale=100) if path.exists() else "–"
 
 
+def commit(run: dict) -> str:
+    """Short, and whether the files were those of it; – where it was not recorded."""
+    name, _, dirty = (run.get("commit") or "–").partition("-")
+    return name[:7] + f"-{dirty}" * bool(dirty)
+
+
 COLUMNS: dict[str, Callable[[list[dict]], str]] = {
     "seeds": lambda runs: str(len(runs)),
     "before, %": success("before"),
@@ -100,7 +106,7 @@ COLUMNS: dict[str, Callable[[list[dict]], str]] = {
     "out of distribution, %": out_of_distribution,
     "thousand steps": lambda runs: spread([r["env_steps"] for r in runs], ".0f", 1e-3),
     "minutes": lambda runs: spread([r["training_minutes"] for r in runs], ".0f"),
-    "commit": lambda runs: ", ".join(dict.fromkeys(r.get("commit", "–")[:7] for r in runs)),
+    "commit": lambda runs: ", ".join(dict.fromkeys(map(commit, runs))),
     "success, %": success("before"),
     "replay of a demonstration, %": replay,
 }
