@@ -1,7 +1,8 @@
-# Docs: docs/stepnft.md. RL without critic or likelihood: python algos/stepnft_pi0.py (or stepnft_pi05.py) --env-id PickCube-v1
+# Docs: docs/stepnft.md. RL without a likelihood: python algos/stepnft_pi0.py (or stepnft_pi05.py) --env-id PickCube-v1
 """π-StepNFT (arXiv 2603.02083): noisy Flow-SDE rollouts, remembered solver transitions, mirrored velocity branches, a logistic
-ranking loss, a slowly moving rollout policy. By default all K transitions of a chunk are learned from, where the paper takes one at
-random (--transitions random); --paper takes all of its settings."""
+ranking loss, a slowly moving rollout policy. Past the paper, by default: a chunk's label is how much it changed the chance of success,
+as a small network predicts it; noise level and learning rate are steered; all K transitions of a chunk are learned from. --paper takes
+all of the paper's settings, which need no critic."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import sys
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a file of a checkout runs that checkout's code
 import pi_stepnft  # noqa: F401
@@ -20,6 +21,7 @@ sys.path.pop(0)
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import nn
 
 from pi_stepnft import envs, harness, policies
@@ -28,11 +30,10 @@ from pi_stepnft.harness import Count, CountOrZero, Positive, PositiveOrZero, Sha
 # What differs between stepnft_pi0.py and stepnft_pi05.py; all else is the same text.
 POLICY = "pi0"
 ITERATIONS = 120
-NOISE_LEVEL = 0.7
 PAPER_EPOCHS = dict(maniskill=5, libero=2)
 # End of what differs.
 
-PAPER = dict(transitions="random", labels="binary", group_size=1, noise_level=0.2, granularity="position", mask_padding=False,
+PAPER = dict(transitions="random", labels="binary", noise_level=0.2, divergence=0.0, granularity="position", mask_padding=False,
              ema_end=0.995, ema_horizon=1000, warmup_iterations=0, max_minutes=0.0, execute=5)
 PAPER = dict(
     maniskill=PAPER | dict(num_envs=128, rollout_epochs=10, rollout_steps=60, update_epochs=PAPER_EPOCHS["maniskill"],
@@ -52,21 +53,22 @@ class Args(harness.RLArgs):
     --update-epochs 4 (π0), libero_10 --execute 10 --rollout-steps 480, libero_goal 320"""
 
     # rollout
-    noise_level: Positive = NOISE_LEVEL
-    """a of σ_t = a·sqrt(t / (1 − t)), the exploration noise on every solver step (authors: 0.2)"""
-    noise_end: Positive | None = None
-    """noise level at the last iteration, of a straight line from --noise-level; default: constant (the paper)"""
-    sampler: Literal["sde", "ode"] = "sde"
-    """sde: noise on every solver step; ode: none but the initial one, with unit variance in the loss (needs --target x0 or mean)"""
-    group_size: Count = 16
-    """episodes from one initial state (authors: 1; label group needs more, predicted does not)"""
+    noise_level: Positive | Literal["auto"] = "auto"
+    """a of σ_t = a·sqrt(t / (1 − t)), the exploration noise on every solver step (authors: 0.2); auto: from 0.5 on, steered so that
+    exploring costs as much success as --noise-success says"""
+    noise_success: Share = 0.8
+    """--noise-level auto: successes of exploring episodes for each success without that noise"""
+    plain_every: Annotated[int, Field(ge=2)] = 8
+    """--noise-level auto: one of so many episodes (or groups) goes without that noise, to compare with, and is not learned from"""
+    group_size: Count = 1
+    """episodes from one initial state (authors: 1; label group needs more)"""
 
     # what is learned from
     transitions: Literal["random", "all"] | int = "all"
     """which solver transitions of a chunk to learn from: one random (the paper), all K (same environment cost), or this step"""
-    labels: Literal["binary", "group", "predicted"] = "group"
-    """binary: ±1 by success (the paper); group: success relative to the episodes from the same initial state; predicted: how much
-    a chunk changes the chance of success, which a small network, a critic, learns to predict (with --group-size 1)"""
+    labels: Literal["binary", "group", "predicted"] = "predicted"
+    """predicted: how much a chunk changes the chance of success, which a small network, a critic, learns to predict; without one:
+    binary: ±1 by success (the paper); group: success relative to the episodes from the same initial state (with --group-size 16)"""
     gae_lambda: Share = 0.7
     """λ of label predicted: 0 believes the predictions, 1 the outcome"""
     label_deviations: Positive = 2.0
@@ -84,7 +86,9 @@ class Args(harness.RLArgs):
     update_epochs: Count = 1
     """passes over each iteration's chunks; more fit the noise of a small batch (authors, with larger ones: π0 2 to 5, π0.5 1, 5)"""
     learning_rate: Positive = 1e-4
-    """Adam's (authors: 1e-5 LIBERO, 8e-6 ManiSkill, at 3 B parameters)"""
+    """Adam's (authors: 1e-5 LIBERO, 8e-6 ManiSkill, at 3 B parameters), from which --divergence steers it"""
+    divergence: PositiveOrZero = 0.05
+    """KL divergence of θ's solver steps from θ_old's, mean over chunks, which the learning rate is steered to; 0: it stays (the paper)"""
     loss: Literal["ranking", "wmse", "positive", "negative"] = "ranking"
     """ranking: logistic, of both branches (the paper); wmse: their squared errors weighted by the label, as in DiffusionNFT;
     positive, negative: ranking of what succeeded or failed only"""
@@ -117,8 +121,6 @@ def check(args: Args) -> None:
         raise harness.RunError(f"--labels {args.labels} compares episodes from one initial state: give --group-size of at least 2")
     if isinstance(args.transitions, int) and not 0 <= args.transitions < args.num_steps:
         raise harness.RunError(f"--transitions {args.transitions} is no solver step: they go from 0 to {args.num_steps - 1}")
-    if args.sampler == "ode" and (args.target == "xnext" or args.noise_end is not None):
-        raise harness.RunError("--sampler ode has no noise to learn from or to schedule: give --target x0 or mean, no --noise-end")
 
 
 # ------------------------------------------------------------------------------------------------------------ the method
@@ -154,12 +156,13 @@ def flow_sde_step(
 
 
 def flow_sde_sample(
-    policy: policies.Pi0, prefix: policies.Prefix, state: torch.Tensor, noise: torch.Tensor, *, num_steps: int, noise_level: float
+    policy: policies.Pi0, prefix: policies.Prefix, state: torch.Tensor, noise: torch.Tensor, *, num_steps: int,
+    noise_level: float | torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Paper, §4.1, wider space: sample action chunks with noise on every solver step.
 
-    noise: (B, K + 1, H, A) standard normal, which the path begins at and its steps add. Returns the whole path x (B, K + 1, H, A),
-    whose last entry is the action chunk, and the velocities v (B, K, H, A).
+    noise: (B, K + 1, H, A) standard normal, which the path begins at and its steps add; noise_level: one, or (B, 1, 1). Returns the
+    whole path x (B, K + 1, H, A), whose last entry is the action chunk, and the velocities v (B, K, H, A).
     """
     x = noise[:, 0]
     xs, vs = [x], []
@@ -207,7 +210,8 @@ def stepnft_loss(
     Success pulls v_θ to where the branch v⁺ explains the executed step better than its mirror image, failure pushes it away
     (Theorem 4.4): E⁺ − E⁻ is −4·⟨(x_next − μ(v_old)) / (std² + std_eps), μ(Δv) − μ(0)⟩·β, the drift's projection on the noise.
     At θ = θ_old the loss is log 2. Returns the scalar loss and metrics: pref_acc (share of the rankings that agree with the
-    label's sign), drift (mean ‖Δv‖ per position before the limit), drift_limited (share of positions at the limit), ranking.
+    label's sign), drift (mean ‖Δv‖ per position before the limit), drift_limited (share of positions at the limit), ranking, and
+    divergence, ½·Σ (μ(v_old + Δv) − μ(v_old))² / (std² + std_eps): the KL divergence of a chunk's solver step, mean over B.
     """
     weight = torch.ones_like(x_t) if mask is None else mask.to(x_t).expand_as(x_t)
     difference = (v_theta - v_old) * weight
@@ -239,6 +243,7 @@ def stepnft_loss(
         positions, ranked = weight.amax(-1, keepdim=True), counted * (y != 0)
         metrics = dict(
             ranking=ranking.detach(),
+            divergence=(weight * (mean_plus - mean_minus) ** 2 / variance).sum() / (8 * beta**2 * len(x_t)),
             pref_acc=((margin < 0) * ranked).sum() / ranked.sum().clamp(min=1),
             drift=(norm * positions).sum() / positions.sum(),
             drift_limited=((norm > max_drift) * positions).sum() / positions.sum(),
@@ -279,6 +284,20 @@ def chunk_labels(
     _, peers = np.unique(np.stack([group[episode], turn]), axis=1, return_inverse=True)  # (M,)
     p = (np.bincount(peers, weights=y) / np.bincount(peers))[peers]
     return (y - p) / np.maximum(p, 1 - p), (p > 0) & (p < 1)
+
+
+def steered_noise(level: float, exploring: float, plain: float, target: float) -> float:
+    """The next noise level: higher where exploring episodes succeed more than `target` times as often as plain ones, else lower.
+
+    exploring, plain: shares of success. A ratio that is off by 0.2 moves the level by a twentieth.
+    """
+    ratio = (exploring + 0.02) / (plain + 0.02)  # 1 where nothing succeeds
+    return float(np.clip(level * np.exp(0.25 * np.clip(ratio - target, -0.4, 0.4)), 0.02, 2.0))
+
+
+def steered_rate(scale: float, divergence: float, target: float) -> float:
+    """The next scale of the learning rate: the divergence grows with its square, and is brought to `target` in steps of up to 1.3."""
+    return scale * float(np.clip((target / max(divergence, 1e-12)) ** 0.5, 1 / 1.3, 1.3))
 
 
 class SuccessPredictor(nn.Module):
@@ -353,23 +372,27 @@ def main(args: Args) -> None:
     if args.compile:
         policy.velocity, rollout_policy.velocity = torch.compile(policy.velocity), torch.compile(rollout_policy.velocity)
     mask = run.mask if args.mask_padding else torch.ones_like(run.mask)
-    std_eps = 1.0 if args.sampler == "ode" else args.std_eps  # ode: the variance is 0 + 1
     run.make_envs(policy)
     E, G = args.num_envs * args.rollout_epochs, args.group_size
-    run.begin(dict(policy=policy, rollout_policy=rollout_policy), optimizer, unsaved=dict(predictor=predicting), memory=memory)
+    # What is steered: the noise level and the learning rate's scale; sums of exploring and plain episodes' success, and their weight
+    first_level = 0.5 if args.noise_level == "auto" else args.noise_level
+    steered = level, scale, successes = torch.tensor(first_level), torch.ones(()), torch.zeros(3)
+    unsaved = dict(predictor=predicting, steered=list(steered))
+    run.begin(dict(policy=policy, rollout_policy=rollout_policy), optimizer, unsaved=unsaved, memory=memory)
 
     for iteration in run.iterations():
         # ---------------------------------------------------------------------- rollout: explore with θ_old, remember transitions
-        noise_ends = args.noise_level, args.noise_end or args.noise_level
-        noise_level = float(np.interp(iteration, (0, max(1, args.iterations - 1)), noise_ends)) * (args.sampler == "sde")
-        solver = dict(num_steps=K, noise_level=noise_level)
+        solver = dict(num_steps=K, noise_level=float(level))
         batches, prefixes = [], run.prefixes()
         rollout = run.rollout(run.rng.integers(envs.TRAIN_SEEDS, size=E // G).repeat(G))  # G episodes from each initial state
+        group = np.arange(len(rollout.seeds)) // G  # (E,), this rank's
+        plain = (group % args.plain_every == args.plain_every - 1) & (args.noise_level == "auto")  # (E,) without noise on the steps
+        levels = torch.from_numpy(np.where(plain, 0, float(level))).float().to(device)[:, None, None]
         with run.acting(rollout_policy) as acting:
             for turn in rollout:  # the next chunk of the episodes that are still running
                 *inputs, state = policy.processor(turn.obs, turn.instructions)
                 prefix = acting.encode_prefix(*inputs)
-                x, v = flow_sde_sample(acting, prefix, state, turn.noise(K + 1), **solver)
+                x, v = flow_sde_sample(acting, prefix, state, turn.noise(K + 1), num_steps=K, noise_level=levels[turn.episode])
                 seen = state[:, :0]
                 if predicting:
                     seen = predictor.sees(acting, prefix, state, x[:, 0], turn.number / rollout.rewards.shape[1])
@@ -380,10 +403,10 @@ def main(args: Args) -> None:
 
         # ---------------------------------------------------------------------- labels
         chunks = Chunks(*map(torch.cat, zip(*batches)))
-        success, lost, group = rollout.success, rollout.lost, np.arange(len(rollout.seeds)) // G  # (E,), this rank's
+        success, lost = rollout.success, rollout.lost  # (E,)
         group[lost] = -1 - np.flatnonzero(lost)  # nobody is compared with a lost episode
         episode, turn = chunks.episode.numpy(), chunks.turn.numpy()
-        losses, keep = harness.Averages(), ~lost[episode]  # (M,) chunks to learn from
+        losses, keep = harness.Averages(), ~(lost | plain)[episode]  # (M,) chunks to learn from
         if predicting:  # with what it has learned from earlier iterations: of these episodes it knows no outcome
             with torch.no_grad():
                 p = predictor(chunks.seen).sigmoid().cpu().numpy()
@@ -413,7 +436,8 @@ def main(args: Args) -> None:
 
         # ---------------------------------------------------------------------- update θ
         policy.train()
-        optimizer.param_groups[0]["lr"] = args.learning_rate * min(1.0, (iteration + 1) / max(1, args.warmup_iterations))
+        warmth = min(1.0, (iteration + 1) / max(1, args.warmup_iterations))
+        optimizer.param_groups[0]["lr"] = args.learning_rate * float(scale) * warmth
         for _ in range(args.update_epochs):
             for minibatch in run.minibatches(keep):  # none where no group has contrast
                 optimizer.zero_grad()
@@ -427,7 +451,7 @@ def main(args: Args) -> None:
                     x_next = ablation_target(args.target, x_t, x_next, x_0, step, **solver)
                     loss, metrics = stepnft_loss(
                         v_theta, v_old, x_t, x_next, step, label, **solver, beta=args.beta, max_drift=args.max_drift,
-                        tr_coef=args.tr_coef, std_eps=std_eps, granularity=args.granularity, loss=args.loss, target=args.target,
+                        tr_coef=args.tr_coef, std_eps=args.std_eps, granularity=args.granularity, loss=args.loss, target=args.target,
                         mask=mask,
                     )
                     (share * loss).backward()
@@ -439,7 +463,18 @@ def main(args: Args) -> None:
         alpha = ema_decay(iteration, args.ema_start, args.ema_end, args.ema_horizon)
         update_rollout_policy(rollout_parameters, parameters, alpha)
 
-        run.log(rollout, losses, signal=keep, label_mean=labels[keep], ema_decay=alpha, noise_level=noise_level)
+        # ---------------------------------------------------------------------- steer the next iteration
+        charts = dict(signal=keep, label_mean=labels[keep], ema_decay=alpha, noise_level=float(level))
+        shares = [run.mean(success[which & ~lost]) for which in (~plain, plain)]
+        if not np.isnan(shares).any():
+            successes.mul_(0.9).add_(torch.tensor([*shares, 1.0]))  # the last ten iterations count, more or less
+            exploring, without = (successes[:2] / successes[2]).tolist()
+            charts |= dict(success_exploring=exploring, success_plain=without)
+            level.fill_(steered_noise(float(level), exploring, without, args.noise_success))
+        divergence = losses.means().get("divergence")
+        if args.divergence and divergence is not None:
+            scale.fill_(steered_rate(float(scale), divergence, args.divergence))
+        run.log(rollout, losses, **charts)
         run.evaluate_and_save_when_due()
     run.finish(forward_passes=K if args.transitions == "all" else 1)  # velocities of a chunk in one pass of the update
 

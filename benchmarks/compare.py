@@ -65,10 +65,8 @@ ABLATIONS = {
         "transitions-random": "--transitions random",
         **{f"transitions-{step}": f"--transitions {step}" for step in range(4)},
         # what the paper does not vary
-        "sampler-ode-target-x0": "--sampler ode --target x0",
-        "noise-0.7-to-0.2": "--noise-end 0.2",
         "labels-binary": "--labels binary",
-        "labels-predicted": "--labels predicted --group-size 1",
+        "labels-group": "--labels group --group-size 16",
         "max-drift-0.1": "--max-drift 0.1",
         "max-drift-2": "--max-drift 2",
         "ema-end-0.9": "--ema-end 0.9",

@@ -43,7 +43,7 @@ def test_the_two_texts_of_stepnft_differ_in_one_declared_block():
 
 
 def test_an_algorithm_file_is_the_algorithm():
-    assert len(lines(ALGOS / "stepnft_pi0.py")) <= 450
+    assert len(lines(ALGOS / "stepnft_pi0.py")) <= 490
     assert sum(len(lines(path)) for path in ALGOS.glob("*.py")) <= 3600
     for name in RL:
         text = lines(ALGOS / f"{name}.py")

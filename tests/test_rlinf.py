@@ -10,8 +10,8 @@ import yaml
 from pi_stepnft.algos import stepnft_pi0 as program
 
 FOLDER = Path(__file__).resolve().parents[1] / "pi_stepnft" / "rlinf"
-SETTINGS = {"cpu": (1, vars(program.Args(env_id="PickCube-v1"))), "gpus": (8, program.PAPER["maniskill"]),
-            "nodes": (32, program.PAPER["libero"])}
+GROUPS = program.Args(env_id="PickCube-v1", labels="group", group_size=16, noise_level=0.7)  # a predictor is not offered there
+SETTINGS = {"cpu": (1, vars(GROUPS)), "gpus": (8, program.PAPER["maniskill"]), "nodes": (32, program.PAPER["libero"])}
 
 
 @pytest.fixture(params=SETTINGS)

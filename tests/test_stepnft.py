@@ -357,6 +357,39 @@ def test_an_exact_prediction_leaves_nothing_to_learn_but_where_it_changes():
         assert advantage[step > 0].mean() > 0.1 and advantage[step < 0].mean() < -0.1  # a step up is what helps
 
 
+def test_the_noise_level_settles_where_exploring_costs_what_it_may():
+    """From below and from above, of policies that bear little and much; where nothing succeeds it rises, to a bound."""
+    for start in (0.05, 1.5):
+        for bears in (0.2, 0.7):
+            level, plain, rng = start, 0.5, np.random.default_rng(0)
+            for _ in range(80):
+                exploring = plain * math.exp(-((level / bears) ** 2) * math.log(1 / 0.8)) + 0.03 * rng.standard_normal()
+                level = nft.steered_noise(level, exploring, plain, 0.8)
+            assert level == pytest.approx(bears, rel=0.25)
+    assert nft.steered_noise(0.5, 0.0, 0.0, 0.8) > 0.5
+    assert nft.steered_noise(2.0, 0.5, 0.5, 0.8) == 2 and nft.steered_noise(0.02, 0.0, 0.5, 0.8) == 0.02
+
+
+def test_the_learning_rate_settles_where_the_divergence_does():
+    for rate in (0.1, 1.0, 10.0):  # what the user gave, of what is right
+        scale = 1.0
+        for _ in range(20):
+            scale = nft.steered_rate(scale, 0.05 * (rate * scale) ** 2, 0.05)
+        assert rate * scale == pytest.approx(1)
+    assert nft.steered_rate(1.0, 0.0, 0.05) == 1.3  # an update that moved nothing
+
+
+def test_the_divergence_is_that_of_the_solver_steps():
+    """KL(N(μ(v_θ), std²) ‖ N(μ(v_old), std²)) by torch.distributions, of the steps that the sampler takes."""
+    data = transition()
+    steps = [nft.flow_sde_step(data["x_t"], data[v], data["step"], num_steps=K, noise_level=NOISE) for v in ("v_theta", "v_old")]
+    normals = [torch.distributions.Normal(mean, std.expand_as(mean)) for mean, std in steps]
+    expected = torch.distributions.kl_divergence(*normals).sum((1, 2)).mean()
+    for beta in (1.0, 0.5):
+        told = loss_of(data, std_eps=0.0, max_drift=10.0, beta=beta)[1]["divergence"]
+        assert told.item() == pytest.approx(expected.item())
+
+
 def test_the_decay_rises_on_a_cosine_and_stays():
     alpha = [nft.ema_decay(i, 0.1, 0.9, 60) for i in range(100)]
     assert alpha[0] == pytest.approx(0.1) and alpha[30] == pytest.approx(0.5)
