@@ -22,18 +22,19 @@ import holds  # noqa: E402
 @pytest.mark.slow
 @pytest.mark.parametrize("program, iterations", [("stepnft_pi0", 15), ("ppo", 30)])
 def test_success_rises(program, iterations, tmp_path):
-    """The plain command, cut short. The gain is paired: the same 512 held-out episodes, with the same noise, before and after."""
+    """The plain command, cut short. The gain is paired: the same 1024 held-out episodes, with the same noise, before and after."""
     made, original = [], evaluation.evaluate
 
     def spy(*args, **kwargs):
         made.append(original(*args, **kwargs))
         return made[-1]
 
-    options = f"--env-id PickCube-v1 --obs-mode state --iterations {iterations} --max-minutes 0 --eval-every 0 --no-video"
+    options = f"--env-id PickCube-v1 --obs-mode state --iterations {iterations} --max-minutes 0 --eval-every 0 --no-video "
+    options += "--final-eval-episodes 1024"
     with mock.patch("pi_stepnft.harness.run.evaluate", spy):
         run(program, *options.split(), cwd=tmp_path)
     before, after = made[:2]  # of StepNFT the rollout policy's follows
-    assert len(before.seeds) == 512 and (before.seeds == after.seeds).all()
+    assert len(before.seeds) == 1024 and (before.seeds == after.seeds).all()
     gain = compare(after.success[None], before.success[None], [Fraction(1)])
     print(f"{program}: {before} → {after}; gain {100 * gain.difference:+.1f} points {100 * gain.interval[0]:+.1f} to "
           f"{100 * gain.interval[1]:+.1f}")
