@@ -207,7 +207,6 @@ TABLES: dict[str, Callable[[Path], str]] = {
 
 COMPARED = "evaluate/PickCube-v1-rgb.json"
 INSIDE, OUTSIDE = (f"group_rows/{name}/policies/StepNFT/" for name in ("PickCube-v1", "OOD mean"))
-RANKS = "ranks/PickCube-v1-state-1-{}.json"
 FIGURES: dict[str, dict[str, tuple[str, str]]] = {
     "docs/compare.md": {
         "+4.0": (COMPARED, INSIDE + "difference"),
@@ -216,12 +215,6 @@ FIGURES: dict[str, dict[str, tuple[str, str]]] = {
         "+2.6": (COMPARED, OUTSIDE + "difference"),
         "1.4": (COMPARED, OUTSIDE + "difference_interval/0"),
         "3.8": (COMPARED, OUTSIDE + "difference_interval/1"),
-    },
-    "docs/stepnft.md": {
-        "85.9": (RANKS.format(1), "after/success"),
-        "83.0": (RANKS.format(2), "after/success"),
-        "82.8": (RANKS.format(3), "after/success"),
-        "49.8": (RANKS.format("*"), "before/success"),
     },
 }
 """Page → figure in a sentence, in % or points → its files, of which it is the mean, and where in them; rows go by their names."""

@@ -55,17 +55,26 @@ def test_every_table_stands_somewhere_and_every_figure_has_its_page():
 
 
 @pytest.fixture
-def copied(tmp_path) -> Path:
+def copied(tmp_path, monkeypatch) -> Path:
+    """A copy of pages and files, with a sentence of figures of its own."""
     for folder in ("docs", "benchmarks/results"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("images", "notebook"))
     shutil.copy(ROOT / "README.md", tmp_path)
+    made = dict(rows=[dict(name="new", before=0.5, after=0.6, difference=0.1, interval=[-0.1, 0.2])])
+    (tmp_path / "benchmarks" / "results" / "made.json").write_text(json.dumps(made))
+    with open(tmp_path / "docs" / "data.md", "a") as page:
+        page.write("\nSuccess is 50.0 and 60.0 %, +10.0 points [−10.0, +20.0].\n")
+    places = {"50.0": "before", "60.0": "after", "+10.0": "difference", "−10.0": "interval/0", "+20.0": "interval/1"}
+    figures = {number: ("made.json", f"rows/new/{place}") for number, place in places.items()}
+    monkeypatch.setitem(pages.FIGURES, "docs/data.md", figures)
     return tmp_path
 
 
 @pytest.mark.parametrize("name, before, after, told", [
     ("README.md", "| `make run` | ", "| `make run` | 1", "a table is not"),
-    ("docs/stepnft.md", " and 82.8 %", " and 84.0 %", "84.0 % is declared nowhere"),
-    ("docs/compare.md", "+13.5]", "+12.5]", "12.5 % is declared nowhere"),
+    ("docs/data.md", "is 50.0 and 60.0 %", "is 50.0 and 61.0 %", "61.0 % is declared nowhere"),
+    ("docs/data.md", "[−10.0, +20.0]", "[−10.0, +21.0]", "+21.0 % is declared nowhere"),
+    ("docs/data.md", "+10.0 points", "about ten", "+10.0 % is declared, and nowhere said"),
     ("docs/train.md", "All files", "Success rose by 7 %. All files", "7 % is declared nowhere"),
     ("docs/train.md", "All files", "Success is\n12.5 to 20 %. All files", "12.5 % is declared nowhere"),
     ("docs/data.md", "| a LeRobot folder", "| success, % | 3 |\n| a LeRobot folder", "a table between no marks"),
@@ -79,7 +88,7 @@ def test_a_page_that_is_changed_alone_is_found(copied, name, before, after, told
 
 @pytest.mark.parametrize("file, place, page, told", [
     (pages.TABLES["headline"].rows[0][-1], ("after", "success"), "README.md", "a table is not"),
-    ("ranks/PickCube-v1-state-1-2.json", ("after", "success"), "docs/stepnft.md", "83.0: ranks/PickCube-v1-state-1-2.json/after/"),
+    ("made.json", ("rows", 0, "after"), "docs/data.md", "60.0: made.json/rows/new/after says 65.0"),
     ("overlap.json", ("rows", 0, "overlapped_s"), "docs/scaling.md", "a table is not"),
 ])  # fmt: skip
 def test_a_file_that_is_changed_alone_is_found(copied, file, place, page, told):
