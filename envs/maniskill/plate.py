@@ -10,18 +10,15 @@ the variants), and a seed stands for one of them, always.
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import os
-import sys
 import types
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pi_stepnft.envs.base import EnvError, did_you_mean
+from pi_stepnft.envs.base import EnvError, did_you_mean, import_below
 
 PREFIX = "PutOnPlateInScene25"
 MAIN = f"{PREFIX}Main-v3"
@@ -48,23 +45,13 @@ def knows(env_id: str) -> bool:
 def register() -> types.ModuleType:
     """Import the modules of the tasks, which registers them with ManiSkill, and no other of RLinf: its packages above them would
     import Ray, Hydra and more. Returns the main task's. EnvError where they cannot be imported."""
-    wheel = importlib.util.find_spec("rlinf")
-    if wheel is None or not wheel.submodule_search_locations:
+    if importlib.util.find_spec("rlinf") is None:
         raise EnvError(f"the tasks {PREFIX}… come with RLinf's wheel, without what it depends on: {PACKAGES}")
-    folder = Path(wheel.submodule_search_locations[0])
-    above = {"rlinf": folder, "rlinf.envs": folder / "envs", "rlinf.envs.maniskill": folder / "envs" / "maniskill"}
-    empty = {name: types.ModuleType(name) for name in above if name not in sys.modules}
-    for name, module in empty.items():
-        module.__path__ = [str(above[name])]
-    sys.modules.update(empty)
     try:
-        importlib.import_module("rlinf.envs.maniskill.tasks.variants")
-        return importlib.import_module("rlinf.envs.maniskill.tasks.put_on_in_scene_multi")
+        import_below("rlinf.envs.maniskill", "tasks.variants")
+        return import_below("rlinf.envs.maniskill", "tasks.put_on_in_scene_multi")
     except ImportError as error:
         raise EnvError(f"RLinf's tasks {PREFIX}… cannot be imported ({error}): {PACKAGES}") from None
-    finally:
-        for name in empty:  # who wants RLinf itself imports it as it is
-            del sys.modules[name]
 
 
 def check(env_id: str) -> None:
