@@ -31,7 +31,7 @@ import tyro
 
 from pi_stepnft import envs
 from pi_stepnft.envs import EVAL_SEED
-from pi_stepnft.envs.libero import LiberoSpec, tasks
+from pi_stepnft.envs.libero import LiberoSpec, plus, tasks
 
 
 @dataclass
@@ -64,6 +64,7 @@ def actions_of(seed: int, n: int) -> np.ndarray:
 def serve_plain(pipe, args: Args) -> None:
     """LIBERO's own environment in a process: resets, or steps so many actions; answers with the last observation's sum."""
     suite, _, name = tasks.task_names(args.env_id)[0]
+    suite = plus.split(suite)[0]  # of LIBERO-plus, the task that it changes
     with tasks.quiet():
         from libero.libero import get_libero_path
         from libero.libero.envs import OffScreenRenderEnv

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import os
 import pickle
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pi_stepnft import envs
+from pi_stepnft import envs, policies
 from pi_stepnft.envs import EVAL_SEED
 from pi_stepnft.envs.base import EnvError
 from pi_stepnft.envs.libero import LiberoSpec, noise, plus, tasks
@@ -251,6 +252,7 @@ def test_things_are_moved_and_come_back(played):
         _, _, things = played("moved", seed)
         assert 0.002 < np.linalg.norm(things - before[2], axis=1).max() < 0.3
         assert played.env.fixed.shape == (1, len(played.env.base.sim.get_state().flatten()))
+        assert played.env._act.__func__.__qualname__ == "Stepper.step"  # as fast as plain LIBERO
     np.testing.assert_array_equal(played("", 0)[0], before[0])
 
 
@@ -295,6 +297,21 @@ def test_suites_are_chosen_by_dimension(monkeypatch):
     assert list(select("libero_goal/3", ("plus",), "rgb")) == [f"libero_goal_plus_{kind}/3" for kind in plus.KINDS]
     unseen = ["robot", "language", "moved", "added"]
     assert list(select("libero_goal/3", ("plus",), "state")) == [f"libero_goal_plus_{kind}/3" for kind in unseen]
+
+
+@needs_both
+@pytest.mark.slow
+def test_an_evaluation_goes_through_the_variants(tmp_path):
+    from test_libero import random_policy
+    from test_main import only_run, run
+
+    checkpoint = random_policy(tmp_path / "tiny", policies.Pi0Config)
+    suites = ["--env-id", "libero_goal/0", "--suite", "id", "plus_noise", "plus_language"]
+    numbers = ["--episodes", 2, "--num-envs", 2, "--num-threads", 1, "--env-options", "max_episode_steps=10"]
+    run("evaluate", checkpoint, *suites, *numbers, "--no-video", cwd=tmp_path)
+    rows = json.loads((only_run(tmp_path) / "results.json").read_text())["rows"]
+    names = ["libero_goal", "libero_goal_plus_noise", "libero_goal_plus_language"]
+    assert [row["name"] for row in rows] == [*(f"{name}/0" for name in names), *names, "mean of suites"]
 
 
 # ------------------------------------------------------------------------------------------------- with assets made of LIBERO's

@@ -1,4 +1,4 @@
-"""LIBERO's suites and LIBERO-PRO's (MuJoCo): tasks, scripted experts, and one scene stepped by action chunks."""
+"""LIBERO's suites, LIBERO-PRO's and LIBERO-plus's (MuJoCo): tasks, scripted experts, and one scene stepped by action chunks."""
 
 from pi_stepnft.envs.libero.simulator import Libero, LiberoSpec
 

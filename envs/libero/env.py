@@ -1,4 +1,5 @@
-"""LIBERO's suites (arXiv 2306.03310) and LIBERO-PRO's behind `envs.make`: "libero_object" (all its tasks), "libero_object/3".
+"""LIBERO's suites (arXiv 2306.03310), LIBERO-PRO's and LIBERO-plus's behind `envs.make`: "libero_object" (all its tasks),
+"libero_object/3".
 
 Conventions, each a field of `LiberoSpec`; where codebases differ, the default is openpi's, but for the wording of instructions:
 pictures of agentview and wrist camera turned by 180°; a state of 8 numbers (position of the gripper in m, its orientation as an
@@ -39,8 +40,9 @@ CAMERAS = "agentview", "robot0_eye_in_hand"
 class LiberoEnv(Environment):
     """One LIBERO task, stepped by action chunks: no observation between the actions of a chunk, and no picture.
 
-    The model is built once. An episode begins as LIBERO's own hard reset followed by `set_init_state` does, without building the
-    model again: with the furniture where it is, the robot's controller reset, and the state of all joints set.
+    The model is built once, and again where a variant of LIBERO-plus has another scene. An episode begins as LIBERO's own hard
+    reset followed by `set_init_state` does, without building the model again: with the furniture where it is, the robot's
+    controller reset, and the state of all joints set.
     """
 
     def __init__(self, spec: LiberoSpec, task: tuple[str, int, str]):
@@ -136,7 +138,7 @@ class LiberoEnv(Environment):
                 sampler.sample = lambda *_, placed={name: place}, **__: placed
 
     def reset(self, seed: int) -> None:
-        """Start the episode that belongs to `seed`: the same seed gives the same initial state."""
+        """Start the episode that belongs to `seed`: the same seed gives the same variant and initial state."""
         fixed = self.spec.initial_states == "fixed" or (self.spec.initial_states == "auto" and seed >= EVAL_SEED)
         rounds, variant = divmod(seed - EVAL_SEED if seed >= EVAL_SEED else seed, len(self.variants))
         if self.variants[variant] != self.variant:
