@@ -1,6 +1,6 @@
 # Docs: docs/rft.md. Filtered behaviour cloning: python algos/rft.py --env-id PickCube-v1 (π0.5: --policy pi05)
 """Rejection fine-tuning (filtered behaviour cloning) for π0 and π0.5: flow matching on the action chunks of the policy's own
-successful episodes, and of no other. A resumed run begins with an empty replay."""
+successful episodes, and of no other."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Args(harness.RLArgs):
     """learn only from initial states where an episode failed too: the others can already be solved"""
     replay: Count = 40
     """draw the chunks, as many as this iteration's successes have, from the successes of so many of the last iterations, whose
-    prefixes stay in memory: early ones hold the policy near its start. 1: this iteration's alone. --resume begins with none"""
+    prefixes stay in memory: early ones hold the policy near its start, and checkpoints hold them. 1: this iteration's alone"""
 
     # update
     update_epochs: Count = 1

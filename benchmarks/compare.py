@@ -86,6 +86,7 @@ TRIALS = {
     "rft": ["", "--noise-level 0.3", "--learning-rate 3e-5 --noise-level 0.3", "--noise-level 0.3 --contrast --group-size 4",
             "--learning-rate 3e-5", "--learning-rate 1e-5 --draws 16", "--learning-rate 3e-5 --noise-level 0.7",
             "--learning-rate 3e-5 --contrast --group-size 4", "--replay 40"],
+    "critic": ["", "--distance 0.06", "--distance 0.015", "--n-step 8"],
 }
 """Algorithm → what --tuning tries, as changes to its plain command, TUNING long: four trials each, and five more for those that no
 trial of the first four had improved."""

@@ -30,7 +30,7 @@ from pi_stepnft.harness.args import resumed
 from pi_stepnft.harness.run import bundled_start
 
 ROOT = Path(__file__).resolve().parents[1]
-RL = "stepnft_pi0", "stepnft_pi05", "ppo", "grpo", "nft", "rft"
+RL = "stepnft_pi0", "stepnft_pi05", "ppo", "grpo", "nft", "rft", "critic"
 TRAINING = *RL, "sft", "pretrain"
 SCRIPTS = {name: f"algos/{name}.py" for name in (*TRAINING, "evaluate")} | dict(compare="benchmarks/compare.py")
 MODULES = dict(vulkan="pi_stepnft.envs.vulkan", libero="pi_stepnft.envs.libero")
@@ -126,6 +126,9 @@ RANGES = [
     ("nft", "--ema-start 1.1", "--ema-start must be at most 1, got 1.1"),
     ("rft", "--draws 100000000", "--draws must be at most 1024"),
     ("rft", "--noise-level -0.1", "--noise-level must be at least 0"),
+    ("critic", "--temperature 0", "--temperature must be greater than 0"),
+    ("critic", "--candidates 0", "--candidates must be at least 1, got 0"),
+    ("critic", "--polyak 1.5", "--polyak must be at most 1, got 1.5"),
     ("sft", "--demos 0", "--demos must be at least 1, got 0"),
     ("sft", "--horizon 100000000", "--horizon must be at most 1024"),
     ("sft", "--batch-size 100000000", "--batch-size must be at most 8192"),
@@ -156,6 +159,7 @@ TOGETHER = [
     ("grpo", "--group-size 1", "--group-size 1 leaves nothing to compare"),
     ("nft", "--group-size 1", "--labels group compares episodes"),
     ("rft", "--contrast", "--contrast compares episodes"),
+    ("critic", "--critic-warmup 5 --iterations 3", "--critic-warmup 5 is longer than --iterations 3"),
     ("sft", "--execute 9", "--execute 9 is longer than the chunks of --horizon 4 actions"),
     ("sft", "--train lora", "--train lora adapts a policy that can already do something: give --base"),
     ("sft", "--eval-episodes 0", "--eval-episodes 0 needs --dataset"),

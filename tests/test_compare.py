@@ -144,7 +144,7 @@ def test_names_fit_the_results_that_are_there(monkeypatch):
 
 def test_tuning_gives_every_algorithm_its_trials_on_other_episodes(root, monkeypatch):
     counts = {name: len(set(trials)) for name, trials in compare.TRIALS.items()}
-    assert counts == dict(stepnft=4, ppo=4, grpo=4, nft=9, rft=9)  # docs/notebook/comparison.md says why
+    assert counts == dict(stepnft=4, ppo=4, grpo=4, nft=9, rft=9, critic=4)  # docs/notebook/comparison.md says why
     monkeypatch.setattr(compare, "TRIALS", dict(fake=["", "--rate 1e-5"], other=["--rate 2", "--noise 0.5", "--rate 3"]))
     shutil.copy(root / "algos" / "fake.py", root / "algos" / "other.py")
     jobs = compare.plan(compare.Args(["fake", "other", "other-pi05"], tuning=True))

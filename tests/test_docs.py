@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 USER = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NOTEBOOK = sorted((ROOT / "docs" / "notebook").glob("*.md"))
 OTHERS = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
-ALGORITHMS = "stepnft", "ppo", "grpo", "nft", "rft", "sft"
+ALGORITHMS = "stepnft", "ppo", "grpo", "nft", "rft", "critic", "sft"
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 PROGRAM = r"(?:algos|benchmarks|examples)/\w+\.py"
 

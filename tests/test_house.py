@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ALGOS = ROOT / "algos"
-RL = ("stepnft_pi0", "stepnft_pi05", "ppo", "grpo", "nft", "rft")
+RL = ("stepnft_pi0", "stepnft_pi05", "ppo", "grpo", "nft", "rft", "critic")
 SHORT = (
     "--env-id PickCube-v1 --obs-mode state --iterations 2 --num-envs 4 --group-size 4 --rollout-epochs 1 --rollout-steps 8 "
     "--eval-episodes 2 --final-eval-episodes 4 --num-threads 1 --no-video"

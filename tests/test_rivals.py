@@ -19,7 +19,7 @@ from test_stepnft import Field, prefix_and_state, succeeded
 from torch.distributions import Normal
 
 from pi_stepnft import envs, policies
-from pi_stepnft.algos import grpo, nft, ppo, rft, stepnft_pi0, stepnft_pi05
+from pi_stepnft.algos import critic, grpo, nft, ppo, rft, stepnft_pi0, stepnft_pi05
 
 K = 4
 MODULES = dict(grpo=grpo, nft=nft, rft=rft)
@@ -321,7 +321,7 @@ def test_help_explains_every_option(name, monkeypatch, capsys):
 def test_what_all_algorithms_share_word_for_word_is_their_rollout_and_sampler():
     """No group of more than five lines, imports aside, stands in all files but there: what all need alike is the harness's."""
     files = []
-    for module in (stepnft_pi0, stepnft_pi05, ppo, grpo, nft, rft):
+    for module in (stepnft_pi0, stepnft_pi05, ppo, grpo, nft, rft, critic):
         lines = Path(module.__file__).read_text().splitlines()
         (begin,) = (i for i, line in enumerate(lines) if re.match(" +# -+ rollout", line))
         (end,) = (i for i, line in enumerate(lines) if line.strip() == 'run.lap("rollout")')
