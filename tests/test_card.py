@@ -8,6 +8,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from pi_stepnft import policies
+from pi_stepnft.harness.run import bundled_start
 from pi_stepnft.policies.card import card
 from pi_stepnft.policies.processor import NormStats, Processor, Tokenizer
 
@@ -44,6 +45,18 @@ def test_what_ships_has_its_card(name):
     assert [*ModelCard(found).data.tags][3:] == [key for key, value in policy.meta.items() if isinstance(value, dict)]
     version = re.compile(r"π-StepNFT [\d.]+")
     assert version.sub("", found) == version.sub("", card(policy))
+
+
+TRAINED = [name for name in policies.bundled() if name.endswith("-stepnft")]
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_trained_policy_that_ships_does_better_than_its_start_and_is_none(name):
+    config = policies.read_json(policies.checkpoint.BUNDLED / name / "config.json")
+    meta, trained = config["meta"], config["meta"]["stepnft"]
+    assert trained["base"] == bundled_start(meta["env_id"], meta["obs_mode"], config["type"]) and trained["base"] not in TRAINED
+    assert trained["interval"][0] > meta["sft"]["interval"][1] and trained["episodes"] == 512
+    assert re.fullmatch("[0-9a-f]{40}", trained["commit"])  # of code that can be looked at
 
 
 def test_the_success_is_that_of_the_last_training(policy):
