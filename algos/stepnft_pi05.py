@@ -1,8 +1,8 @@
 # Docs: docs/stepnft.md. RL without a likelihood: python algos/stepnft_pi0.py (or stepnft_pi05.py) --env-id PickCube-v1
 """π-StepNFT (arXiv 2603.02083): noisy Flow-SDE rollouts, remembered solver transitions, mirrored velocity branches, a logistic
-ranking loss, a slowly moving rollout policy. Past the paper, by default: a chunk's label is how much it changed the chance of success,
-as a small network predicts it; noise level and learning rate are steered; all K transitions of a chunk are learned from. --paper takes
-all of the paper's settings, which need no critic."""
+ranking loss, a slowly moving rollout policy. Past the paper, by default: a chunk's label is how much it changed the chance of
+success, as a small network predicts it; noise level and learning rate are steered; all K transitions of a chunk are learned from.
+--paper takes all of the paper's settings, which need no critic."""
 
 from __future__ import annotations
 
@@ -88,7 +88,8 @@ class Args(harness.RLArgs):
     learning_rate: Positive = 1e-4
     """Adam's (authors: 1e-5 LIBERO, 8e-6 ManiSkill, at 3 B parameters), from which --divergence steers it"""
     divergence: PositiveOrZero = 0.05
-    """KL divergence of θ's solver steps from θ_old's, mean over chunks, which the learning rate is steered to; 0: it stays (the paper)"""
+    """KL divergence of θ's solver steps from θ_old's, mean over chunks, which the learning rate is steered to; 0: it stays as it is
+    (the paper)"""
     loss: Literal["ranking", "wmse", "positive", "negative"] = "ranking"
     """ranking: logistic, of both branches (the paper); wmse: their squared errors weighted by the label, as in DiffusionNFT;
     positive, negative: ranking of what succeeded or failed only"""
@@ -296,7 +297,7 @@ def steered_noise(level: float, exploring: float, plain: float, target: float) -
 
 
 def steered_rate(scale: float, divergence: float, target: float) -> float:
-    """The next scale of the learning rate: the divergence grows with its square, and is brought to `target` in steps of up to 1.3."""
+    """The next scale of the learning rate: the divergence grows with its square, and comes to `target` in steps of up to 1.3."""
     return scale * float(np.clip((target / max(divergence, 1e-12)) ** 0.5, 1 / 1.3, 1.3))
 
 
@@ -374,7 +375,7 @@ def main(args: Args) -> None:
     mask = run.mask if args.mask_padding else torch.ones_like(run.mask)
     run.make_envs(policy)
     E, G = args.num_envs * args.rollout_epochs, args.group_size
-    # What is steered: the noise level and the learning rate's scale; sums of exploring and plain episodes' success, and their weight
+    # What is steered, noise level and learning rate's scale; sums of exploring and plain episodes' success, and their weight
     first_level = 0.5 if args.noise_level == "auto" else args.noise_level
     steered = level, scale, successes = torch.tensor(first_level), torch.ones(()), torch.zeros(3)
     unsaved = dict(predictor=predicting, steered=list(steered))
@@ -386,7 +387,7 @@ def main(args: Args) -> None:
         batches, prefixes = [], run.prefixes()
         rollout = run.rollout(run.rng.integers(envs.TRAIN_SEEDS, size=E // G).repeat(G))  # G episodes from each initial state
         group = np.arange(len(rollout.seeds)) // G  # (E,), this rank's
-        plain = (group % args.plain_every == args.plain_every - 1) & (args.noise_level == "auto")  # (E,) without noise on the steps
+        plain = (group % args.plain_every == args.plain_every - 1) & (args.noise_level == "auto")  # (E,) the steps have no noise
         levels = torch.from_numpy(np.where(plain, 0, float(level))).float().to(device)[:, None, None]
         with run.acting(rollout_policy) as acting:
             for turn in rollout:  # the next chunk of the episodes that are still running
@@ -451,8 +452,8 @@ def main(args: Args) -> None:
                     x_next = ablation_target(args.target, x_t, x_next, x_0, step, **solver)
                     loss, metrics = stepnft_loss(
                         v_theta, v_old, x_t, x_next, step, label, **solver, beta=args.beta, max_drift=args.max_drift,
-                        tr_coef=args.tr_coef, std_eps=args.std_eps, granularity=args.granularity, loss=args.loss, target=args.target,
-                        mask=mask,
+                        tr_coef=args.tr_coef, std_eps=args.std_eps, granularity=args.granularity, loss=args.loss,
+                        target=args.target, mask=mask,
                     )
                     (share * loss).backward()
                     losses.add({**metrics, "loss": loss.detach()}, share)

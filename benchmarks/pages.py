@@ -167,11 +167,17 @@ def cost_model(results: Path) -> str:
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "headline": Runs(("command",), [
-        ("`make run`", "stepnft-PickCube-v1-rgb-*.json"),
-        ('`make run ARGS="--obs-mode state"`', "stepnft-PickCube-v1-state-*.json"),
-        ("`python algos/stepnft_pi05.py --env-id PickCube-v1`", "stepnft-pi05-PickCube-v1-rgb-*.json"),
-    ]),
+        ("`make run`", "stepnft-steered-PickCube-v1-rgb-*.json"),
+        ('`make run ARGS="--obs-mode state"`', "stepnft-steered-PickCube-v1-state-*.json"),
+        ("`python algos/stepnft_pi05.py --env-id PickCube-v1`", "stepnft-steered-pi05-PickCube-v1-rgb-*.json"),
+    ], ("seeds", *HEADLINE)),
     "stepnft": Runs(("task", "policy"), [
+        ("PickCube-v1, rgb", "π0", "stepnft-steered-PickCube-v1-rgb-*.json"),
+        ("PickCube-v1, state", "π0", "stepnft-steered-PickCube-v1-state-*.json"),
+        ("PickCube-v1, rgb", "π0.5", "stepnft-steered-pi05-PickCube-v1-rgb-*.json"),
+        ("PickCube-v1, state, 40 iterations", "π0.5", "stepnft-steered-pi05-PickCube-v1-state-*.json"),
+    ], ("seeds", *HEADLINE)),
+    "stepnft, groups": Runs(("task", "policy"), [
         ("PickCube-v1, rgb", "π0", "stepnft-PickCube-v1-rgb-*.json"),
         ("PickCube-v1, rgb, all 120 iterations", "π0", "stepnft-120-PickCube-v1-rgb-*.json"),
         ("PickCube-v1, state", "π0", "stepnft-PickCube-v1-state-*.json"),

@@ -118,8 +118,9 @@ def record(file: Path) -> None:
         return originals[3](run, *inputs, **parameters)
 
     args = program.Args(
-        env_id="PickCube-v1", obs_mode="state", labels="group", group_size=16, noise_level=0.7, divergence=0.0, iterations=1, update_epochs=2, num_minibatches=1, warmup_iterations=0, num_envs=32,
-        rollout_epochs=1, eval_every=0, final_eval_episodes=2, num_threads=1, video=False,
+        env_id="PickCube-v1", obs_mode="state", labels="group", group_size=16, noise_level=0.7, divergence=0.0, iterations=1,
+        update_epochs=2, num_minibatches=1, warmup_iterations=0, num_envs=32, rollout_epochs=1, eval_every=0, final_eval_episodes=2,
+        num_threads=1, video=False,
     )
     remember = dict(Chunks=remember_chunks, chunk_labels=remember_labels, stepnft_loss=remember_loss)
     with mock.patch.multiple(program, **remember), mock.patch.object(harness.Run, "clip_gradients", remember_gradients):

@@ -560,7 +560,7 @@ def bundled_for(env_id: str, obs_mode: str) -> Iterator[tuple[str, dict]]:
 
 
 def bundled_start(env_id: str, obs_mode: str, policy_type: str) -> str:
-    """Name of the checkpoint that ships for a task as a start. Raises RunError with the command that makes one where there is none."""
+    """Name of the checkpoint that ships as a task's start. Raises RunError with the command that makes one where there is none."""
     for name, config in bundled_for(env_id, obs_mode):
         learned = any("env_steps" in entry for entry in config["meta"].values() if isinstance(entry, dict))  # from rollouts
         if config["type"] == policy_type and not learned:

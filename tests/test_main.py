@@ -326,7 +326,8 @@ def test_the_ablations_change_what_they_say(state_run, tmp_path):
 
     for target in ("mean", "x0"):
         with mock.patch.object(policies.Pi0, "velocity", spy):
-            folder = train(tmp_path / target, *arguments, "--target", target, "--transitions", 2, "--loss", "wmse", "--iterations", 1)
+            folder = train(tmp_path / target, *arguments, "--target", target, "--transitions", 2, "--loss", "wmse",
+                           "--iterations", 1)
         rankings.append(scalars(folder)["losses/ranking"][1])
         assert json.loads((folder / "result.json").read_text())["forward_passes"] == 1
     assert set(times) == {0.5}
