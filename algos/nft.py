@@ -18,8 +18,8 @@ sys.path.pop(0)
 import numpy as np
 import torch
 
-from pi_stepnft import envs, harness
-from pi_stepnft.harness import Count, CountOrZero, Positive, Share, Size
+from pi_stepnft import envs, harness, policies
+from pi_stepnft.harness import Count, CountOrZero, Positive, PositiveOrZero, Share, Size
 from pi_stepnft.policies.pi0 import sample_time
 
 
@@ -29,6 +29,9 @@ class Args(harness.RLArgs):
     """bundled policy to start from, by default pi0; with --checkpoint that says which it is"""
 
     # rollout
+    noise_level: PositiveOrZero = 0.0
+    """a of σ_t = a·sqrt(t / (1 − t)), exploration noise on every solver step, which the method's theory does not cover; 0: the ODE
+    (the paper), whose only noise is the initial one (docs/notebook/nft.md)"""
     group_size: Count = 16
     """episodes from one initial state (authors: 24 pictures per prompt; label group needs more than 1)"""
 
@@ -75,6 +78,39 @@ class Chunks(NamedTuple):
     x_0: torch.Tensor  # (M, H, A) the chunk itself
     episode: torch.Tensor  # (M,) which of the iteration's episodes it belongs to
     turn: torch.Tensor  # (M,) how many chunks that episode had before it
+
+
+def flow_sde_step(
+    x_t: torch.Tensor, v: torch.Tensor, step: torch.Tensor, *, num_steps: int, noise_level: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """arXiv 2603.02083, Eq. 3: one Flow-SDE step x_next ~ N(μ(v), std²). The marginals are the flow ODE's.
+
+    x_t, v: (B, H, A); step i: (B,) int in [0, num_steps), time t_i = 1 − i/K (1 noise, 0 action). Returns μ (B, H, A) and
+    std (B, 1, 1). `noise_level` 0 gives the Euler step x_t − δ·v.
+    """
+    delta = 1.0 / num_steps
+    t = (1 - step * delta).view(-1, 1, 1)
+    # σ_t = a·sqrt(t / (1 − t)); at t = 1 the denominator is that of the next time, 1 − t_1 = δ
+    sigma = noise_level * (t / torch.where(step.view(-1, 1, 1) == 0, delta, 1 - t)).sqrt()
+    x0_hat = x_t - t * v  # the action end of the straight path
+    x1_hat = x_t + (1 - t) * v  # its noise end
+    mean = x0_hat * (1 - (t - delta)) + x1_hat * ((t - delta) - sigma**2 * delta / (2 * t))
+    return mean, sigma * delta**0.5
+
+
+def flow_sde_sample(
+    policy: policies.Pi0, prefix: policies.Prefix, state: torch.Tensor, noise: torch.Tensor, *, num_steps: int, noise_level: float
+) -> torch.Tensor:
+    """Action chunks (B, H, A), sampled with noise on every solver step; by the ODE where noise_level is 0.
+
+    noise: (B, K + 1, H, A) standard normal, which the path begins at and its steps add."""
+    x = noise[:, 0]
+    for i in range(num_steps):
+        step = torch.full((len(x),), i, device=x.device)
+        v = policy.velocity(prefix, state, x, 1 - step / num_steps).float()
+        mean, std = flow_sde_step(x, v, step, num_steps=num_steps, noise_level=noise_level)
+        x = mean + std * noise[:, i + 1]
+    return x
 
 
 def nft_loss(
@@ -174,14 +210,14 @@ def main(args: Args) -> None:
     run.begin(dict(policy=policy, rollout_policy=rollout_policy), optimizer)
 
     for iteration in run.iterations():
-        # ---------------------------------------------------------------------- rollout: act with θ_old by the ODE, remember chunks
+        # ---------------------------------------------------------------------- rollout: act with θ_old, remember chunks
         batches, prefixes = [], run.prefixes()
         rollout = run.rollout(run.rng.integers(envs.TRAIN_SEEDS, size=E // G).repeat(G))  # G episodes from each initial state
         with run.acting(rollout_policy) as acting:
             for turn in rollout:  # the next chunk of the episodes that are still running
                 *inputs, state = policy.processor(turn.obs, turn.instructions)
                 prefix = acting.encode_prefix(*inputs)
-                x_0 = acting.sample(prefix, state, turn.noise(1)[:, 0], num_steps=K)
+                x_0 = flow_sde_sample(acting, prefix, state, turn.noise(K + 1), num_steps=K, noise_level=args.noise_level)
                 prefixes.remember(inputs, prefix)
                 batches.append(Chunks(state, x_0, turn.episode, turn.number))
                 turn.act(policy.processor.unnormalize_actions(x_0[:, : run.execute], turn.obs["state"]))
