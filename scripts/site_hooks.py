@@ -13,6 +13,8 @@ def on_files(files, config):
     for source, page in PAGES.items():
         text = re.sub(r"\]\(docs/", "](", (ROOT / source).read_text()).replace("[LICENSE](LICENSE)", "LICENSE")
         files.append(File.generated(config, page, content=text))
+    film = "videos/readme_before_after.gif"
+    files.append(File.generated(config, film, abs_src_path=str(ROOT / film)))
     return files
 
 
