@@ -169,22 +169,12 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "headline": Runs(("command",), [
         ("`make run`", "stepnft-PickCube-v1-rgb-*.json"),
         ('`make run ARGS="--obs-mode state"`', "stepnft-PickCube-v1-state-*.json"),
-        ("`python algos/stepnft_pi05.py --env-id PickCube-v1`", "stepnft-pi05-PickCube-v1-rgb-*.json"),
     ], ("seeds", *HEADLINE)),
     "stepnft": Runs(("task", "policy"), [
         ("PickCube-v1, rgb", "π0", "stepnft-PickCube-v1-rgb-*.json"),
         ("PickCube-v1, state", "π0", "stepnft-PickCube-v1-state-*.json"),
-        ("PickCube-v1, rgb", "π0.5", "stepnft-pi05-PickCube-v1-rgb-*.json"),
         ("PickCube-v1, state, 40 iterations", "π0.5", "stepnft-pi05-PickCube-v1-state-*.json"),
     ], ("seeds", *HEADLINE)),
-    "stepnft, groups": Runs(("task", "policy"), [
-        ("PickCube-v1, rgb", "π0", "stepnft-groups-PickCube-v1-rgb-*.json"),
-        ("PickCube-v1, rgb, all 120 iterations", "π0", "stepnft-120-PickCube-v1-rgb-*.json"),
-        ("PickCube-v1, state", "π0", "stepnft-groups-PickCube-v1-state-*.json"),
-        ("StackCube-v1, state, 80 iterations", "π0", "stepnft-groups-StackCube-v1-state-*.json"),
-        ("PickCube-v1, rgb", "π0.5", "stepnft-pi05-groups-PickCube-v1-rgb-*.json"),
-        ("PickCube-v1, state", "π0.5", "stepnft-pi05-groups-PickCube-v1-state-*.json"),
-    ]),
     "ppo": Runs(("task",), [
         ("PickCube-v1, state", "ppo-PickCube-v1-state-*.json"),
         ("StackCube-v1, state, 80 iterations", "ppo-StackCube-v1-state-*.json"),
@@ -197,11 +187,11 @@ TABLES: dict[str, Callable[[Path], str]] = {
         ("PickCube-v1, state, `--replay 1`, one seed", "rft-replay-1-PickCube-v1-state-*.json"),
     ]),
     "shipped": Runs(("policy",), [
-        ("`pi0-tiny-pickcube-rgb`", "stepnft-groups-PickCube-v1-rgb-*.json"),
-        ("`pi0-tiny-pickcube-state`", "stepnft-groups-PickCube-v1-state-*.json"),
+        ("`pi0-tiny-pickcube-rgb`", "stepnft-PickCube-v1-rgb-*.json"),
+        ("`pi0-tiny-pickcube-state`", "stepnft-PickCube-v1-state-*.json"),
         ("`pi0-tiny-stackcube-state`", "stepnft-groups-StackCube-v1-state-*.json"),
         ("`pi05-tiny-pickcube-rgb`", "stepnft-pi05-groups-PickCube-v1-rgb-*.json"),
-        ("`pi05-tiny-pickcube-state`", "stepnft-pi05-groups-PickCube-v1-state-*.json"),
+        ("`pi05-tiny-pickcube-state`", "stepnft-pi05-PickCube-v1-state-*.json"),
     ], ("success, %",)),
     "libero": Runs(("task",), [
         ("libero_object/3", "libero/stepnft-libero_object-3-state-1.json"),

@@ -136,7 +136,7 @@ def test_everything_runs_with_the_first_seed_before_the_second(root):
 
 def test_names_fit_the_results_that_are_there(monkeypatch):
     monkeypatch.setattr(compare, "ROOT", ROOT)
-    for name in ("stepnft", "ppo", "ppo_pi0"):  # whose files had other names when they ran
+    for name in ("grpo", "ppo", "ppo_pi0"):  # whose files had other names when they ran
         (job,) = compare.plan(compare.Args([name], extra="--no-video"))
         assert compare.status(job) == "done"
     assert compare.renamed("python algos/nft_pi05.py --seed 1") == "python algos/nft.py --policy pi05 --seed 1"
