@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from pi_stepnft.envs.base import EVAL_SEED, TRAIN_SEEDS, TUNING_SEED, EnvError, Environment, Simulator, Spec, num_cores
 from pi_stepnft.envs.simulators import SIMULATORS, simulator
 
@@ -53,8 +55,8 @@ def make(
 
     Raises EnvError with one line for everything that is wrong with these, the task, or the graphics driver.
     """
-    if num_envs < 1 or chunk < 1:
-        raise EnvError(f"num_envs and chunk must be at least 1, got {num_envs} and {chunk}")
+    if not all(isinstance(number, int | np.integer) and number >= 1 for number in (num_envs, chunk)):
+        raise EnvError(f"num_envs and chunk must be whole numbers of at least 1, got {num_envs!r} and {chunk!r}")
     if num_workers is not None and num_workers < 0:
         raise EnvError(f"num_workers must not be negative, got {num_workers}")
     if obs_mode not in ("rgb", "state"):

@@ -12,7 +12,7 @@ neighbours'. `pi_stepnft.registration` has the ids. Options are those of `envs.m
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -22,7 +22,7 @@ from gymnasium.vector import AutoresetMode
 
 from pi_stepnft import envs
 from pi_stepnft.envs.base import TRAIN_SEEDS, EnvError
-from pi_stepnft.envs.vector import ChunkEnv
+from pi_stepnft.envs.vector import ChunkEnv, check_seeds, numbers
 
 METADATA = {"render_modes": ["rgb_array"], "render_fps": 20}
 
@@ -44,6 +44,16 @@ def _row(shown: Any, i: int) -> Any:
     return {name: rows[i] for name, rows in shown.items()} if isinstance(shown, dict) else shown[i]
 
 
+def _chunk(actions: Any, space: gym.Space, chunk: int | None) -> np.ndarray:
+    """Actions of the space's shape as float32; a chunk may be longer or shorter than the space's, but not empty."""
+    actions = numbers(actions)
+    wanted = [*space.shape[:-2], "n", space.shape[-1]] if chunk is not None else space.shape
+    fits = actions.ndim == len(wanted) and all(size in ("n", given) for size, given in zip(wanted, actions.shape))
+    if not fits or not actions.size:
+        raise EnvError(f"step takes actions of shape ({', '.join(map(str, wanted))}), got {actions.shape}")
+    return actions
+
+
 def _draw(generator: np.random.Generator) -> int:
     return int(generator.integers(TRAIN_SEEDS))
 
@@ -57,7 +67,9 @@ class Single(gym.Env):
     metadata = METADATA
 
     def __init__(self, env_id: str, *, chunk: int | None = 8, render_mode: str | None = None, **options: Any):
-        self.render_mode, self._lead = render_mode, (1, 1) if chunk is None else (1,)
+        if refused := sorted({"backend", "num_workers"} & options.keys()):
+            raise EnvError(f"a single environment lives in this process and takes no {' or '.join(refused)}: use make_vec")
+        self.render_mode, self._chunk = render_mode, chunk
         self._venv = envs.make(env_id, 1, chunk=1 if chunk is None else chunk, backend="cpu", num_workers=0, **options)
         self.action_space, self.observation_space = _spaces(self._venv, chunk)
         self.max_episode_steps = self._venv.max_episode_steps
@@ -76,7 +88,8 @@ class Single(gym.Env):
     def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict]:
         if self._over:
             raise EnvError("the episode is over, or has not begun: call reset() before step()")
-        obs, reward, terminated, truncated, info = self._venv.step(np.reshape(action, (*self._lead, *np.shape(action))))
+        action = _chunk(action, self.action_space, self._chunk)
+        obs, reward, terminated, truncated, info = self._venv.step(action[None, None] if self._chunk is None else action[None])
         self._over = bool(terminated[0] or truncated[0])
         info = {name: rows[0].item() for name, rows in info.items()}
         return _row(_shown(self._venv, obs), 0), float(reward[0]), bool(terminated[0]), bool(truncated[0]), info
@@ -97,7 +110,7 @@ class Vector(gym.vector.VectorEnv):
         "same_step": the same step resets it, and `info["final_obs"]` and `info["final_info"]` hold what the episode ended with.
 
     Attributes: `instructions`, one per environment and of its current episode; `tasks`; `max_episode_steps`, in actions.
-    Errors: EnvError, in one line, for all that is wrong with the arguments.
+    Errors: EnvError, in one line, for all that is wrong with the arguments, and for a step before every environment was reset.
     """
 
     def __init__(
@@ -111,37 +124,41 @@ class Vector(gym.vector.VectorEnv):
         **options: Any,
     ):
         modes = {mode.name.lower(): mode for mode in AutoresetMode}
-        if autoreset not in modes and autoreset not in modes.values():
+        if not isinstance(autoreset, str | AutoresetMode) or modes.get(autoreset, autoreset) not in modes.values():
             raise EnvError(f"autoreset must be {', '.join(map(repr, modes))}, got {autoreset!r}")
         self.autoreset_mode = modes.get(autoreset, autoreset)  # where gymnasium's own vectors have it too
         self.metadata, self.render_mode = METADATA | {"autoreset_mode": self.autoreset_mode}, render_mode
         self._venv, self.num_envs = envs.make(env_id, num_envs, chunk=1 if chunk is None else chunk, **options), num_envs
-        self._plain = chunk is None
+        self._chunk = chunk
         self.single_action_space, self.single_observation_space = _spaces(self._venv, chunk)
         self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
         self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
         self.tasks, self.max_episode_steps = self._venv.tasks, self._venv.max_episode_steps
         self._generators = [seeding.np_random()[0] for _ in range(num_envs)]
-        self._over = np.zeros(num_envs, bool)
+        self._begun, self._over = np.zeros(num_envs, bool), np.zeros(num_envs, bool)  # ever reset; ended since
 
     @property
     def instructions(self) -> list[str]:
         return self._venv.instructions
 
-    def reset(self, *, seed: int | Iterable[int | None] | None = None, options: dict | None = None) -> tuple[Any, dict]:
+    def reset(self, *, seed: int | Sequence[int | None] | None = None, options: dict | None = None) -> tuple[Any, dict]:
         """seed: an int (environment i gets seed + i), one per environment, of which some may be None, or None.
         options: `reset_mask` (B,) bool, which environments to reset (default: all)."""
         mask = np.asarray((options or {}).get("reset_mask", np.ones(self.num_envs, bool)))
         if mask.shape != (self.num_envs,) or mask.dtype != bool:
             raise EnvError(f"reset_mask takes one bool per environment ({self.num_envs}), got {mask.dtype} of shape {mask.shape}")
-        seeds = [seed] * self.num_envs if seed is None else [seed + i for i in range(self.num_envs)] if np.ndim(seed) == 0 else seed
-        obs, info = self._begin(mask, list(seeds))
+        if seed is not None and np.ndim(seed) == 0:
+            check_seeds([seed])
+            seed = range(int(seed), int(seed) + self.num_envs)
+        obs, info = self._begin(mask, [None] * self.num_envs if seed is None else list(seed))
         self._over &= ~mask
         return _shown(self._venv, obs), _masked(info, mask)
 
     def step(self, actions: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict]:
-        actions = np.asarray(actions)
-        obs, reward, terminated, truncated, info = self._venv.step(actions[:, None] if self._plain else actions)
+        if not self._begun.all():
+            raise EnvError("some environments have not begun an episode: call reset() before step()")
+        actions = _chunk(actions, self.action_space, self._chunk)
+        obs, reward, terminated, truncated, info = self._venv.step(actions[:, None] if self._chunk is None else actions)
         over, extra = terminated | truncated, {}
         if self.autoreset_mode == AutoresetMode.NEXT_STEP:
             again = self._over
@@ -171,13 +188,16 @@ class Vector(gym.vector.VectorEnv):
         """New episodes in the environments of the mask; a seed restarts the environment's own generator, None draws from it."""
         if len(seeds) != self.num_envs:
             raise EnvError(f"reset takes one seed per environment ({self.num_envs}), got {len(seeds)}")
+        check_seeds(seeds[i] for i in np.flatnonzero(mask) if seeds[i] is not None)  # before any generator is touched
         for i in np.flatnonzero(mask):
             if seeds[i] is not None:
                 self._generators[i] = seeding.np_random(int(seeds[i]))[0]
             else:
                 seeds[i] = _draw(self._generators[i])
         seeds = [seed if begun else 0 for seed, begun in zip(seeds, mask)]
-        return self._venv.reset(seed=seeds, options=dict(reset_mask=mask))
+        begun = self._venv.reset(seed=seeds, options=dict(reset_mask=mask))
+        self._begun |= mask
+        return begun
 
 
 def _masked(info: dict[str, np.ndarray], mask: np.ndarray) -> dict[str, np.ndarray]:

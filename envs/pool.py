@@ -122,6 +122,7 @@ class ChunkVecEnv(ChunkEnv):
 
     def render(self, slots: Iterable[int] | None = None) -> list[np.ndarray]:
         """Pictures for people (H, W, 3) uint8 of the given environments (default: all), from the task's render camera."""
+        self._check_open()
         slots = list(range(self.num_envs) if slots is None else slots)
         frames = dict(self._receive(self._send("render", {slot: () for slot in slots}))[0])
         blank = np.zeros((self.spec.video_size, self.spec.video_size, 3), np.uint8)
@@ -132,6 +133,7 @@ class ChunkVecEnv(ChunkEnv):
 
         function: of a module, such as `envs.demos.demonstrate`. This ends all episodes of the pool: reset before the next step.
         """
+        self._check_open()
         jobs = list(jobs)
         self._running[:] = False
         for start in range(0, len(jobs), len(self._workers)):

@@ -6,6 +6,7 @@ import itertools
 from collections import deque
 from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -93,8 +94,13 @@ class ChunkEnv(gym.vector.VectorEnv):
         """The first environment's."""
         return self.instructions[0]
 
+    def _check_open(self) -> None:
+        if self.closed:
+            raise EnvError("the environments are closed: make them again")
+
     def _reset_arguments(self, seed: int | Iterable[int] | None, options: dict | None) -> tuple[np.ndarray, np.ndarray]:
         """One seed per environment (B,) int, and which are to be reset (B,) bool."""
+        self._check_open()
         if seed is None:
             seeds = self._rng.integers(2**31, size=self.num_envs)
         elif np.ndim(seed) == 0:
@@ -105,9 +111,7 @@ class ChunkEnv(gym.vector.VectorEnv):
         for name, array in (("seed", seeds), ("reset_mask", mask)):
             if array.shape != (self.num_envs,):
                 raise EnvError(f"reset takes one {name} per environment ({self.num_envs}), got an array of shape {array.shape}")
-        for value in seeds[mask]:
-            if not (isinstance(value, int | np.integer) and 0 <= value < 2**32):
-                raise EnvError(f"a seed must be a whole number from 0 to 2^32 - 1, got {value!r}")
+        check_seeds(seeds[mask])
         seeds = np.where(mask, seeds, 0).astype(int)
         if len(set(zip(seeds[mask].tolist(), itertools.compress(self.tasks, mask)))) > len(set(seeds[mask].tolist())):
             raise EnvError(
@@ -119,9 +123,25 @@ class ChunkEnv(gym.vector.VectorEnv):
     def _step_argument(self, chunk: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The chunk as float32 (B, n, A), no longer than an episode, and which running environments cannot be given theirs (B,)
         bool, as it holds what is no finite number."""
-        chunk = np.asarray(chunk, np.float32)
+        self._check_open()
+        chunk = numbers(chunk)
         if chunk.ndim != 3 or chunk.shape[0] != self.num_envs or chunk.shape[2] != self.action_dim:
             raise EnvError(f"step takes a chunk of shape ({self.num_envs}, n, {self.action_dim}), got {chunk.shape}")
         chunk = chunk[:, : self.max_episode_steps]
         broken = ~np.isfinite(chunk).all((1, 2))
         return np.where(broken[:, None, None], 0, chunk), broken & self._running
+
+
+def numbers(actions: Any) -> np.ndarray:
+    """Actions as float32, of whatever shape. Raises EnvError for what is none, text or rows of different lengths."""
+    try:
+        return np.asarray(actions, np.float32)
+    except (TypeError, ValueError) as error:
+        raise EnvError(f"actions must be an array of numbers: {error}") from None
+
+
+def check_seeds(seeds: Iterable[Any]) -> None:
+    """Raise EnvError for what is no seed."""
+    for seed in seeds:
+        if not (isinstance(seed, int | np.integer) and 0 <= seed < 2**32):
+            raise EnvError(f"a seed must be a whole number from 0 to 2^32 - 1, got {seed!r}")

@@ -5,6 +5,7 @@ takes this format and those of other projects (see policies.layouts), and either
 from the files, or raises CheckpointError with one line that names what is wrong.
 """
 
+import contextlib
 import json
 import os
 import warnings
@@ -148,7 +149,8 @@ def write_files(folder: Path, writers: dict[str, Callable[[Path], object]]) -> N
         raise CheckpointError(f"not saved to {folder}: {error}; an older checkpoint there is unchanged") from None
     finally:
         for path in temporary.values():
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the folder is a file, or read-only: that is told above
+                path.unlink(missing_ok=True)
 
 
 # -------------------------------------------------------------------- load
@@ -183,6 +185,8 @@ def load(
     discrete_state.
     Raises CheckpointError if anything is missing, unreadable, unexpected, mis-shaped or not finite.
     """
+    if not isinstance(dtype, torch.dtype):
+        raise CheckpointError(f"dtype is {dtype!r}; expected one of torch's, such as torch.bfloat16")
     folder = find(path_or_name)
     weights = Weights(weight_files(folder))
     described = describe(folder, weights, options, needs_statistics=norm_stats is None and asset_id is None)

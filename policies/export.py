@@ -126,6 +126,8 @@ def to_lerobot(policy: Pi0, folder: Path, dtype: str | None, cameras: Sequence[s
     if cameras is None:
         known = [name.removeprefix("observation.images.") for name in policy.meta.get("cameras", ())] or CAMERAS
         cameras = [*known, *(f"camera_{i}" for i in range(len(known), c.num_cameras))][: c.num_cameras]
+    if isinstance(cameras, str):
+        raise CheckpointError(f"cameras is {cameras!r}; expected a list of {c.num_cameras} names")
     if len(cameras) != c.num_cameras or len(set(cameras)) < len(cameras):
         raise CheckpointError(f"cameras are {', '.join(cameras)}; expected {c.num_cameras} different names")
     is_paligemma = len(tokenizer) >= PALIGEMMA_PIECES

@@ -7,7 +7,7 @@ state))
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -195,6 +195,12 @@ class Processor:
         -> images (B, N, 3, image_size, image_size) float32 in [-1, 1], image_mask (B, N) bool, tokens (B, L) int64,
         token_mask (B, L) bool, state (B, S) float32. Raises ValueError on shapes that do not fit.
         """
+        if not isinstance(obs, Mapping) or "state" not in obs or (self.config.num_cameras and obs.get("image") is None):
+            wanted = '"state" and "image"' if self.config.num_cameras else '"state"'
+            given = ", ".join(map(repr, obs)) if isinstance(obs, Mapping) else type(obs).__name__
+            raise ValueError(f"the observation must be a dict with {wanted}, got {given or 'an empty one'}")
+        if np.ndim(obs["state"]) != 2 or isinstance(instructions, str):
+            raise ValueError("state must be (B, S) and instructions a list of B texts, also for a single observation")
         state = self.normalize_state(obs["state"])
         if len(instructions) != len(state):
             raise ValueError(f"{len(instructions)} instructions for {len(state)} observations; expected one each")

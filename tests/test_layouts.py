@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+from functools import partial
 
 import huggingface_hub
 import numpy as np
@@ -618,6 +619,16 @@ def test_exported_precision_can_be_chosen(tmp_path):
             policies.export(policy, tmp_path, asset_id=asset)
 
 
+@pytest.mark.parametrize("folder", ["file", "file/below", "n" * 300])
+def test_where_no_folder_can_be_is_told_and_nothing_is_lost(folder, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for write in (policies.save, partial(policies.export, layout="lerobot")):
+        with pytest.raises(CheckpointError, match="not saved to") as caught:
+            write(make_policy(), tmp_path / folder)
+        assert "\n" not in str(caught.value)
+    assert (tmp_path / "file").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
 # -------------------------------------------------------------------- export to lerobot
 
 
@@ -716,6 +727,7 @@ def test_transformers_reads_the_tokenizer_that_is_exported_as_ours(tmp_path):
     (lambda: make_policy(num_cameras=0), {}, "it acts without cameras"),
     (lambda: make_policy(rope_theta=500.0), {}, "rope_theta is 500"),
     (lambda: make_policy(), dict(cameras=["a", "b"]), "cameras are a, b; expected 3 different names"),
+    (lambda: make_policy(), dict(cameras="top"), "cameras is 'top'; expected a list of 3 names"),
     (lambda: make_policy(), dict(layout="onnx"), "layout is 'onnx'; expected 'openpi' or 'lerobot'"),
     (lambda: make_policy(), dict(layout="openpi"), "asset_id is None"),
     (lambda: make_policy(), dict(dtype="int4"), "dtype is 'int4'"),

@@ -98,6 +98,61 @@ def test_a_step_after_the_end_and_wrong_arguments_are_told_in_one_line(singles):
         Vector("PickCube-v1", autoreset="sometimes")
 
 
+@pytest.mark.parametrize("chunk", [None, 8])
+def test_no_mistake_with_a_single_environment_ends_its_episode(chunk):
+    env = Single("PickCube-v1", obs_mode="state", chunk=chunk)
+    right = np.zeros((chunk, 7) if chunk else 7)
+    expected = r"\(n, 7\)" if chunk else r"\(7\)"
+    env.reset(seed=0)
+    for wrong in (right.ravel()[:6], right[None], right[:0], 0.0):
+        told(lambda wrong=wrong: env.step(wrong), f"actions of shape {expected}, got ")
+    for wrong in ("up", None if chunk else "x", [[0.0] * 7, [0.0] * 6], {}):
+        told(lambda wrong=wrong: env.step(wrong), "shape|array of numbers")
+    assert env.step(right)[4] == dict(success=False, steps=chunk or 1, lost=False)
+    env.close()
+    env.close()
+    for late in (lambda: env.step(right), env.reset, env._venv.render):
+        told(late, "closed")
+    told(lambda: Single("PickCube-v1", num_workers=2), "no num_workers: use make_vec")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_no_mistake_with_a_vector_ends_its_episodes(num_workers):
+    env = Vector("PickCube-v1", 2, autoreset="next_step", num_workers=num_workers, backend="cpu", **PLAIN)
+    right = np.zeros((2, 7))
+    told(lambda: env.step(right), "reset")  # it would rest for ever
+    env.reset(options=dict(reset_mask=np.array([True, False])))
+    told(lambda: env.step(right), "reset")
+    env.reset(seed=[3, None])
+    before = [generator.bit_generator.state for generator in env._generators]
+    for seed in (-1, 2**32 - 1, 1.5, "ab", {1, 2}, iter([1, 2]), np.array([1.0, 2.0]), [1], [1, 2, 3], [5, -1], []):
+        told(lambda seed=seed: env.reset(seed=seed), "seed")
+    for mask in ([True], np.ones(3, bool), [1, 0], None):
+        told(lambda mask=mask: env.reset(options=dict(reset_mask=mask)), r"one bool per environment \(2\)")
+    for wrong in (right[:1], np.zeros((3, 7)), right.T, right[:, :6], np.zeros(14), 0.0, None):
+        told(lambda wrong=wrong: env.step(wrong), r"actions of shape \(2, 7\), got ")
+    told(lambda: env.step("left"), "array of numbers")
+    assert [generator.bit_generator.state for generator in env._generators] == before
+    assert env.step(right)[4]["steps"].tolist() == [1, 1]
+    workers = list(env._venv._workers)
+    env.close()
+    env.close()
+    for late in (lambda: env.step(right), env.reset, env._venv.render):
+        told(late, "closed")
+    assert all(getattr(worker, "process", None) is None or worker.process.poll() is not None for worker in workers)
+
+
+def told(mistake, match):
+    with pytest.raises(EnvError, match=match) as error:
+        mistake()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("wrong", [dict(num_envs=1.5), dict(num_envs="2"), dict(num_envs=0), dict(chunk="8"), dict(autoreset=[])])
+def test_what_is_no_number_or_mode_is_told(wrong):
+    told(lambda: Vector("PickCube-v1", **{**PLAIN, **wrong}), "whole numbers of at least 1|autoreset must be")
+
+
 def test_importing_the_package_registers_the_ids_and_imports_no_simulator():
     program = """
 import sys, pi_stepnft, gymnasium

@@ -663,6 +663,29 @@ def test_act_goes_from_observations_to_actions_in_the_environments_units():
     assert actions.shape == (2, 3, 2) and np.allclose(actions, policy.processor.unnormalize_actions(expected))
 
 
+@pytest.mark.parametrize("change, instructions, message", [
+    (dict(image=None), ["push"], 'must be a dict with "state" and "image", got \'state\''),
+    (dict(state=None), ["push"], 'must be a dict with "state" and "image", got \'image\''),
+    (dict(state=np.zeros(3)), ["push"], "state must be"),
+    ({}, "push", "a list of B texts"),
+    ({}, "p", "a list of B texts"),
+])
+def test_act_does_not_go_blind_or_by_a_letter(change, instructions, message):
+    policy = make_policy()
+    policy.processor = make_processor(policy.config)
+    obs = dict(image=np.zeros((1, 2, 24, 24, 3), np.uint8), state=np.zeros((1, 3), np.float32))
+    given = {name: value for name, value in (obs | change).items() if value is not None}
+    with pytest.raises(ValueError, match=message):
+        policy.act(given, instructions)
+    with pytest.raises(ValueError, match="got ndarray"):
+        policy.act(obs["state"], ["push"])
+
+
+def test_a_precision_by_its_name_is_refused():
+    with pytest.raises(CheckpointError, match="dtype is 'bfloat16'; expected one of torch's"):
+        policies.load(policies.bundled()[0], "cpu", "bfloat16")
+
+
 def test_a_policy_that_has_moved_takes_its_tokenizer_along_or_another(saved):
     policy, folder = saved
     (folder / "tokenizer.model").rename(folder.parent / "away.model")

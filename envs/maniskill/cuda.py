@@ -133,6 +133,7 @@ class CudaVecEnv(ChunkEnv):
 
     def render(self, slots: Iterable[int] | None = None) -> list[np.ndarray]:
         """Pictures for people (H, W, 3) uint8 of the given environments (default: all), from the task's render camera."""
+        self._check_open()
         with torch.no_grad():
             self._put_back()
             frames = maniskill.frames(self.base, self.spec)
