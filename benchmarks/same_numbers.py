@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import csv
 import json
-import platform
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a file of a checkout runs that checkout's code
+import pi_stepnft  # noqa: F401
+
+sys.path.pop(0)
+
 import tyro
+
+from pi_stepnft import harness
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "benchmarks" / "results" / "same_numbers.json"
@@ -30,17 +35,6 @@ class Args:
     """episodes of each, with the seeds of every evaluation"""
     num_threads: int = 2
     """torch threads: sums are rounded differently with another number"""
-
-
-def processor() -> str:
-    """The processor's name, and the instructions that PyTorch's kernels are chosen by."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    facts = dict(line.split(":", 1) for line in lines if ":" in line)
-    facts = {key.strip(): value.strip() for key, value in facts.items()}
-    name = facts.get("model name") or platform.processor() or platform.machine()
-    identity = ", ".join(f"{key} {facts[key]}" for key in ("cpu family", "model", "stepping") if key in facts)
-    return f"{name} ({identity}), {torch.backends.cpu.get_cpu_capability()}"
 
 
 def play(checkpoint: str, episodes: int, num_threads: int) -> dict:
@@ -63,7 +57,7 @@ def play(checkpoint: str, episodes: int, num_threads: int) -> dict:
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     known = json.loads(OUT.read_text()) if OUT.exists() else []
-    here = processor()
+    here = harness.machine()["processor"]
     for checkpoint in args.checkpoints:
         new = dict(processor=here) | play(checkpoint, args.episodes, args.num_threads)
         print(f"{checkpoint}: {sum(new['success'])} of {args.episodes} succeed on {here}")

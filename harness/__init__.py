@@ -37,6 +37,7 @@ from pi_stepnft.harness.run import (
     command,
     command_line,
     commit,
+    machine,
     make_envs,
     one_line_errors,
     set_up,
@@ -48,6 +49,6 @@ from pi_stepnft.harness.storage import Prefixes, Rows, memory_gb
 __all__ = [
     "Averages", "Batch", "Count", "CountOrZero", "Positive", "PositiveOrZero", "Prefixes", "RLArgs", "Rollout", "Rows", "Run",
     "RunArgs", "RunError", "Seconds", "Seed", "Share", "Size", "SizeOrZero", "TaskArgs", "Text", "TrainArgs", "Training", "Turn",
-    "adapt", "check", "check_fit", "check_task", "choose_device", "command", "command_line", "commit", "env_options", "make_envs",
-    "memory_gb", "one_line_errors", "parse", "ranks", "set_up", "slug", "task_name",
+    "adapt", "check", "check_fit", "check_task", "choose_device", "command", "command_line", "commit", "env_options", "machine",
+    "make_envs", "memory_gb", "one_line_errors", "parse", "ranks", "set_up", "slug", "task_name",
 ]

@@ -15,6 +15,7 @@ import json
 import math
 import netrc
 import os
+import platform
 import random
 import re
 import shlex
@@ -253,7 +254,8 @@ class Training:
             env_id=args.env_id, obs_mode=args.obs_mode, seed=args.seed, iterations=self.iteration,
             training_minutes=self.trained_s / 60, peak_memory_gb=self.peak_gb, bad_updates=self.bad_updates,
             parameters_trained=sum(p.numel() for group in self.optimizer.param_groups for p in group["params"]),
-            **facts, processes=ranks.SIZE, versions=dict(torch=torch.__version__, python=sys.version.split()[0]), args=asdict(args),
+            **facts, processes=ranks.SIZE, machine=machine(), versions=dict(torch=torch.__version__, python=sys.version.split()[0]),
+            args=asdict(args),
         )))
         if ranks.RANK == 0:
             os.close(HELD.pop(self.folder.resolve()))
@@ -666,6 +668,19 @@ def commit() -> str | None:
         return subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def machine() -> dict[str, Any]:
+    """Where a result was made, which its minutes, pictures and last digits depend on. renderer: the Vulkan driver, where one was
+    chosen; load: how many processes wanted a core, this program's among them, mean of the last 15 minutes."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    facts = dict(map(str.strip, line.split(":", 1)) for line in lines if ":" in line)
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    identity = ", ".join(f"{key} {facts[key]}" for key in ("cpu family", "model", "stepping") if key in facts)
+    return dict(processor=f"{name} ({identity}), {torch.backends.cpu.get_cpu_capability()}", cores=envs.num_cores(),
+                gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+                renderer=Path(os.environ.get("VK_DRIVER_FILES", "")).stem or None, load=os.getloadavg()[2])
 
 
 def write_json(path: Path, content: Any) -> None:

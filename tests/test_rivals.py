@@ -417,7 +417,7 @@ def test_a_run_is_resumed_as_if_never_stopped(name, straight, checkpoints, draw_
     result = json.loads((parts / "result.json").read_text())
     keys = {"command", "commit", "algorithm", "env_id", "obs_mode", "seed", "checkpoint", "iterations", "env_steps",
             "training_minutes", "args", "parameters_trained", "peak_memory_gb", "lost_episodes", "bad_updates", "forward_passes",
-            "before", "after", "versions", "curve", "processes"}
+            "before", "after", "versions", "curve", "processes", "machine"}
     assert set(result) == keys | ({"after_rollout_policy"} if name == "nft" else set())
     assert result["algorithm"] == f"{name}_pi0" and result["iterations"] == 2 and len(result["curve"]) == 3
     assert result["forward_passes"] == dict(grpo=1, nft=8, rft=4)[name] and result["peak_memory_gb"] > 0.1
