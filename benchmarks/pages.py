@@ -19,7 +19,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results: {} -->", "<!-- end of results -->"
 MARKED = re.compile(BEGIN.format("(.+?)") + r".*?" + END, re.DOTALL)
-ASIDE = ("rft-replay-1", "stepnft-pi05-120", "stepnft-pi05-200")
+ASIDE = ("rft-replay-1", "stepnft-pi05-120", "stepnft-pi05-200", "stepnft-pi05-groups")
 """Labels of runs under settings that were given up: not in the overview."""
 
 
@@ -169,10 +169,12 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "headline": Runs(("command",), [
         ("`make run`", "stepnft-PickCube-v1-rgb-*.json"),
         ('`make run ARGS="--obs-mode state"`', "stepnft-PickCube-v1-state-*.json"),
+        ("`python algos/stepnft_pi05.py --env-id PickCube-v1`", "stepnft-pi05-PickCube-v1-rgb-*.json"),
     ], ("seeds", *HEADLINE)),
     "stepnft": Runs(("task", "policy"), [
         ("PickCube-v1, rgb", "π0", "stepnft-PickCube-v1-rgb-*.json"),
         ("PickCube-v1, state", "π0", "stepnft-PickCube-v1-state-*.json"),
+        ("PickCube-v1, rgb", "π0.5", "stepnft-pi05-PickCube-v1-rgb-*.json"),
         ("PickCube-v1, state, 40 iterations", "π0.5", "stepnft-pi05-PickCube-v1-state-*.json"),
     ], ("seeds", *HEADLINE)),
     "ppo": Runs(("task",), [
@@ -190,7 +192,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
         ("`pi0-tiny-pickcube-rgb`", "stepnft-PickCube-v1-rgb-*.json"),
         ("`pi0-tiny-pickcube-state`", "stepnft-PickCube-v1-state-*.json"),
         ("`pi0-tiny-stackcube-state`", "stepnft-groups-StackCube-v1-state-*.json"),
-        ("`pi05-tiny-pickcube-rgb`", "stepnft-pi05-groups-PickCube-v1-rgb-*.json"),
+        ("`pi05-tiny-pickcube-rgb`", "stepnft-pi05-PickCube-v1-rgb-*.json"),
         ("`pi05-tiny-pickcube-state`", "stepnft-pi05-PickCube-v1-state-*.json"),
     ], ("success, %",)),
     "libero": Runs(("task",), [
