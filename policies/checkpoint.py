@@ -5,7 +5,6 @@ takes this format and those of other projects (see policies.layouts), and either
 from the files, or raises CheckpointError with one line that names what is wrong.
 """
 
-import contextlib
 import json
 import os
 import warnings
@@ -149,8 +148,8 @@ def write_files(folder: Path, writers: dict[str, Callable[[Path], object]]) -> N
         raise CheckpointError(f"not saved to {folder}: {error}; an older checkpoint there is unchanged") from None
     finally:
         for path in temporary.values():
-            with contextlib.suppress(OSError):  # the folder is a file, or read-only: that is told above
-                path.unlink(missing_ok=True)
+            if os.path.lexists(path):  # not where the folder is a file or its name too long: that is told above
+                path.unlink()
 
 
 # -------------------------------------------------------------------- load

@@ -68,7 +68,7 @@ def test_the_newest_run_is_compared_with_the_stored_ones_of_its_kind(tmp_path, m
         kind = dict(algorithm="stepnft_pi0", env_id="PickCube-v1", obs_mode="state", before=stored["before"])
         (tmp_path / "runs" / name / "result.json").write_text(json.dumps(result(0.5, after) | kind))
     assert holds.main() == 0
-    assert capsys.readouterr().out.startswith("runs/new/result.json, compared with stepnft-PickCube-v1-state-1.json, ")
+    assert capsys.readouterr().out.startswith("runs/new/result.json, compared with stepnft-PickCube-v1-state-1.json")
     monkeypatch.setattr(sys, "argv", ["holds.py", "--result", "runs/old/result.json"])
     assert holds.main() == 1 and "DOES NOT HOLD" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["holds.py", "--stored", "none-*.json"])

@@ -298,7 +298,7 @@ def test_a_signal_ends_the_iteration_and_resuming_changes_nothing(state_run, tmp
     while b"STEPNFT" not in told:  # the first iteration has begun
         told += (some := process.stderr.read1())
         assert some, told
-    time.sleep(0.2)
+    time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     told += process.communicate(timeout=300)[1]
     folder = only_run(tmp_path)
