@@ -54,12 +54,18 @@ class Args(harness.RLArgs):
 
     # rollout
     noise_level: Positive | Literal["auto"] = "auto"
-    """a of σ_t = a·sqrt(t / (1 − t)), the exploration noise on every solver step (authors: 0.2); auto: from 0.5 on, steered so that
-    exploring costs as much success as --noise-success says"""
+    """a of σ_t = a·sqrt(t / (1 − t)), the exploration noise on every solver step (authors: 0.2); auto: steered so that exploring
+    costs as much success as --noise-success says"""
+    noise_start: Positive = 0.5
+    """--noise-level auto: the first level"""
     noise_success: Share = 0.8
     """--noise-level auto: successes of exploring episodes for each success without that noise"""
     plain_every: Annotated[int, Field(ge=2)] = 8
     """--noise-level auto: one of so many episodes (or groups) goes without that noise, to compare with, and is not learned from"""
+    noise_gain: Positive = 0.25
+    """--noise-level auto: by how much of what the ratio is off the level's logarithm moves in an iteration"""
+    noise_memory: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """--noise-level auto: weight of an iteration's successes beside those of the next, 0.9: the last ten count, more or less"""
     group_size: Count = 1
     """episodes from one initial state (authors: 1; label group needs more)"""
 
@@ -88,8 +94,9 @@ class Args(harness.RLArgs):
     learning_rate: Positive = 1e-4
     """Adam's (authors: 1e-5 LIBERO, 8e-6 ManiSkill, at 3 B parameters), from which --divergence steers it"""
     divergence: PositiveOrZero = 0.05
-    """KL divergence of θ's solver steps from θ_old's, mean over chunks, which the learning rate is steered to; 0: it stays as it is
-    (the paper)"""
+    """KL divergence of θ's solver steps from θ_old's, on average, that the learning rate is steered to; 0: it stays (the paper)"""
+    rate_step: Annotated[float, Field(gt=1)] = 1.3
+    """--divergence: the most that an iteration multiplies or divides the learning rate by"""
     loss: Literal["ranking", "wmse", "positive", "negative"] = "ranking"
     """ranking: logistic, of both branches (the paper); wmse: their squared errors weighted by the label, as in DiffusionNFT;
     positive, negative: ranking of what succeeded or failed only"""
@@ -287,18 +294,18 @@ def chunk_labels(
     return (y - p) / np.maximum(p, 1 - p), (p > 0) & (p < 1)
 
 
-def steered_noise(level: float, exploring: float, plain: float, target: float) -> float:
+def steered_noise(level: float, exploring: float, plain: float, target: float, gain: float) -> float:
     """The next noise level: higher where exploring episodes succeed more than `target` times as often as plain ones, else lower.
 
-    exploring, plain: shares of success. A ratio that is off by 0.2 moves the level by a twentieth.
+    exploring, plain: shares of success. gain: 0.25 moves the level by a twentieth where the ratio is off by 0.2.
     """
     ratio = (exploring + 0.02) / (plain + 0.02)  # 1 where nothing succeeds
-    return float(np.clip(level * np.exp(0.25 * np.clip(ratio - target, -0.4, 0.4)), 0.02, 2.0))
+    return float(np.clip(level * np.exp(gain * np.clip(ratio - target, -0.4, 0.4)), 0.02, 2.0))
 
 
-def steered_rate(scale: float, divergence: float, target: float) -> float:
-    """The next scale of the learning rate: the divergence grows with its square, and comes to `target` in steps of up to 1.3."""
-    return scale * float(np.clip((target / max(divergence, 1e-12)) ** 0.5, 1 / 1.3, 1.3))
+def steered_rate(scale: float, divergence: float, target: float, step: float) -> float:
+    """The next scale of the learning rate: the divergence grows with its square, and comes to `target` by factors up to `step`."""
+    return scale * float(np.clip((target / max(divergence, 1e-12)) ** 0.5, 1 / step, step))
 
 
 class SuccessPredictor(nn.Module):
@@ -376,10 +383,10 @@ def main(args: Args) -> None:
     run.make_envs(policy)
     E, G = args.num_envs * args.rollout_epochs, args.group_size
     # What is steered, noise level and learning rate's scale; sums of exploring and plain episodes' success, and their weight
-    first_level = 0.5 if args.noise_level == "auto" else args.noise_level
+    first_level = args.noise_start if args.noise_level == "auto" else args.noise_level
     steered = level, scale, successes = torch.tensor(first_level), torch.ones(()), torch.zeros(3)
-    unsaved = dict(predictor=predicting, steered=list(steered))
-    run.begin(dict(policy=policy, rollout_policy=rollout_policy), optimizer, unsaved=unsaved, memory=memory)
+    trained, unsaved = dict(policy=policy, rollout_policy=rollout_policy), dict(predictor=predicting, steered=list(steered))
+    run.begin(trained, optimizer, unsaved=unsaved, memory=memory)
 
     for iteration in run.iterations():
         # ---------------------------------------------------------------------- rollout: explore with θ_old, remember transitions
@@ -437,8 +444,8 @@ def main(args: Args) -> None:
 
         # ---------------------------------------------------------------------- update θ
         policy.train()
-        warmth = min(1.0, (iteration + 1) / max(1, args.warmup_iterations))
-        optimizer.param_groups[0]["lr"] = args.learning_rate * float(scale) * warmth
+        rate, warmup = args.learning_rate * float(scale), max(1, args.warmup_iterations)
+        optimizer.param_groups[0]["lr"] = rate * min(1.0, (iteration + 1) / warmup)
         for _ in range(args.update_epochs):
             for minibatch in run.minibatches(keep):  # none where no group has contrast
                 optimizer.zero_grad()
@@ -468,13 +475,11 @@ def main(args: Args) -> None:
         charts = dict(signal=keep, label_mean=labels[keep], ema_decay=alpha, noise_level=float(level))
         shares = [run.mean(success[which & ~lost]) for which in (~plain, plain)]
         if not np.isnan(shares).any():
-            successes.mul_(0.9).add_(torch.tensor([*shares, 1.0]))  # the last ten iterations count, more or less
-            exploring, without = (successes[:2] / successes[2]).tolist()
-            charts |= dict(success_exploring=exploring, success_plain=without)
-            level.fill_(steered_noise(float(level), exploring, without, args.noise_success))
-        divergence = losses.means().get("divergence")
-        if args.divergence and divergence is not None:
-            scale.fill_(steered_rate(float(scale), divergence, args.divergence))
+            successes.mul_(args.noise_memory).add_(torch.tensor([*shares, 1.0]))
+            charts["success_exploring"], charts["success_plain"] = shares = (successes[:2] / successes[2]).tolist()
+            level.fill_(steered_noise(float(level), *shares, args.noise_success, args.noise_gain))
+        if args.divergence and (divergence := losses.means().get("divergence")) is not None:
+            scale.fill_(steered_rate(float(scale), divergence, args.divergence, args.rate_step))
         run.log(rollout, losses, **charts)
         run.evaluate_and_save_when_due()
     run.finish(forward_passes=K if args.transitions == "all" else 1)  # velocities of a chunk in one pass of the update

@@ -364,19 +364,19 @@ def test_the_noise_level_settles_where_exploring_costs_what_it_may():
             level, plain, rng = start, 0.5, np.random.default_rng(0)
             for _ in range(80):
                 exploring = plain * math.exp(-((level / bears) ** 2) * math.log(1 / 0.8)) + 0.03 * rng.standard_normal()
-                level = nft.steered_noise(level, exploring, plain, 0.8)
+                level = nft.steered_noise(level, exploring, plain, 0.8, 0.25)
             assert level == pytest.approx(bears, rel=0.25)
-    assert nft.steered_noise(0.5, 0.0, 0.0, 0.8) > 0.5
-    assert nft.steered_noise(2.0, 0.5, 0.5, 0.8) == 2 and nft.steered_noise(0.02, 0.0, 0.5, 0.8) == 0.02
+    assert nft.steered_noise(0.5, 0.0, 0.0, 0.8, 0.25) > 0.5
+    assert nft.steered_noise(2.0, 0.5, 0.5, 0.8, 0.25) == 2 and nft.steered_noise(0.02, 0.0, 0.5, 0.8, 0.25) == 0.02
 
 
 def test_the_learning_rate_settles_where_the_divergence_does():
     for rate in (0.1, 1.0, 10.0):  # what the user gave, of what is right
         scale = 1.0
         for _ in range(20):
-            scale = nft.steered_rate(scale, 0.05 * (rate * scale) ** 2, 0.05)
+            scale = nft.steered_rate(scale, 0.05 * (rate * scale) ** 2, 0.05, 1.3)
         assert rate * scale == pytest.approx(1)
-    assert nft.steered_rate(1.0, 0.0, 0.05) == 1.3  # an update that moved nothing
+    assert nft.steered_rate(1.0, 0.0, 0.05, 1.3) == 1.3  # an update that moved nothing
 
 
 def test_the_divergence_is_that_of_the_solver_steps():
