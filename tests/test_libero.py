@@ -1,5 +1,6 @@
 """LIBERO behind `envs.make`: its own states and pictures, the field's conventions, fixed initial states, and one-line errors."""
 
+import gc
 import json
 import os
 import signal
@@ -22,7 +23,7 @@ from pi_stepnft import envs, policies
 from pi_stepnft.envs import EVAL_SEED, TRAIN_SEEDS, TUNING_SEED, demos, vulkan
 from pi_stepnft.envs.base import EnvError, Spec
 from pi_stepnft.envs.libero import LiberoSpec, tasks
-from pi_stepnft.envs.libero.env import LiberoEnv
+from pi_stepnft.envs.libero.env import DROPPED, LiberoEnv
 from pi_stepnft.envs.vector import ChunkEnv
 from pi_stepnft.harness import evaluation
 from pi_stepnft.harness.statistics import summarise, wilson
@@ -185,6 +186,27 @@ def test_pictures_are_turned_by_half_a_turn(env, monkeypatch):
     assert 0 < np.abs(scaled - turned).mean() < 10
 
 
+def test_an_environment_that_is_gone_leaves_the_others_their_pictures(env):
+    env.reset(EVAL_SEED)
+    before = observe(env)[0]
+    other = LiberoSpec(TASK, image_size=SIZE).create(0, 1)
+    observe(other)
+    assert (observe(env)[0] == before).all()  # env's is the current context again
+    del other
+    gc.collect()
+    assert len(DROPPED) == 1 and (observe(env)[0] == before).all() and not DROPPED
+
+
+def test_a_picture_that_cannot_be_drawn_is_an_error():
+    env = LiberoSpec(TASK, image_size=SIZE).create(0, 1)
+    observe(env)
+    from OpenGL import GL
+
+    GL.glDeleteFramebuffers(1, [env.base.sim._render_context_offscreen.con.offFBO])
+    with pytest.raises(EnvError, match="OpenGL cannot draw libero_goal/0"):
+        observe(env)
+
+
 def test_the_state_is_position_rotation_and_fingers(env, monkeypatch):
     env.reset(EVAL_SEED)
     state = observe(env)[1]
@@ -296,11 +318,13 @@ def test_a_task_without_an_expert_is_told_in_one_line(env_id, tmp_path):
 
 
 def test_environments_of_one_process_do_not_mix_their_pictures(pool, env):
-    obs, _ = pool.reset(seed=[EVAL_SEED + 2, EVAL_SEED + 2])
-    assert obs["image"].shape == (2, 2, SIZE, SIZE, 3) and (obs["image"][0] == obs["image"][1]).all()
-    env.reset(EVAL_SEED + 2)
-    image, state = observe(env)
-    assert (obs["image"][0] == image).all() and (obs["state"][0] == state).all()
+    seeds = [EVAL_SEED + 2, EVAL_SEED + 3]
+    obs, _ = pool.reset(seed=seeds)
+    assert obs["image"].shape == (2, 2, SIZE, SIZE, 3) and (obs["image"][0] != obs["image"][1]).any()
+    for i, seed in enumerate(seeds):
+        env.reset(seed)
+        image, state = observe(env)
+        assert (obs["image"][i] == image).all() and (obs["state"][i] == state).all()
     assert pool.instructions == [env.instruction] * 2 and pool.tasks == [TASK] * 2
 
 

