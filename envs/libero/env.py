@@ -42,7 +42,7 @@ DROPPED: list[Any] = []
 def free_dropped() -> None:
     """Free the renderers of environments that are gone, each in its own context.
 
-    robosuite does it whenever Python collects one, in the context that is the current one then, and OpenGL frees that one's buffers:
+    robosuite does it whenever Python collects one. OpenGL then takes the buffers of the context that is the current one, and
     another environment sees nothing from then on.
     """
     while DROPPED:
