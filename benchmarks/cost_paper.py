@@ -15,7 +15,7 @@ import math
 from pathlib import Path
 
 from pi_stepnft import policies
-from pi_stepnft.algos.stepnft_pi0 import PAPER
+from pi_stepnft.algos import stepnft_pi0
 
 K = 4
 """solver steps"""
@@ -48,11 +48,13 @@ def read(name: str) -> dict:
 def flops(c: policies.Pi0Config, cameras: int, horizon: int) -> tuple[float, float]:
     """Of encoding an observation, and of a pass of the expert for one chunk: of the matrix products, which are nearly all."""
     seen, depth, inner, shared = cameras * c.tokens_per_image, c.vlm_depth, c.heads * c.head_dim, 2 * c.kv_heads * c.head_dim
-    P, T, V, W = seen + c.max_token_len, 1 + horizon, c.vision_width, c.expert_width
+    pi0, P, V, W = c.type == "pi0", seen + c.max_token_len, c.vision_width, c.expert_width
+    T = horizon + pi0  # π0's state is a token
     layer = lambda width, mlp, past: width * (2 * inner + shared + 3 * mlp) + 2 * inner * past  # multiplications for a token
     vision = c.vision_depth * 2 * V * (2 * V + c.vision_mlp + c.tokens_per_image) + V * (c.vlm_width + 3 * c.patch_size**2)
     prefix = (depth - 1) * layer(c.vlm_width, c.vlm_mlp, P) + c.vlm_width * shared  # of the last layer only keys and values
-    ends = horizon * (2 * W * c.action_dim + 3 * W**2) + W * c.state_dim  # projections of actions, time and state
+    # Projections of actions, time and state; of π0.5 time goes once, and then into each norm
+    ends = 2 * horizon * W * c.action_dim + (3 * horizon * W**2 + W * c.state_dim if pi0 else (2 + 3 * (2 * depth + 1)) * W**2)
     return 2 * (seen * vision + P * prefix), 2 * (T * depth * layer(W, c.expert_mlp, P + T) + ends)
 
 
@@ -73,11 +75,13 @@ def checks() -> dict[str, list[float]]:
     return {name: [value, measured[name]] for name, value in computed.items()}
 
 
-def on_paper(setting: str, hardware: str, train: str, environment: dict[str, float]) -> dict:
-    """Seconds of an iteration by phase, bytes on a GPU, and what takes longest. environment: seconds of a reset and of a step."""
-    args, c, N = PAPER[setting], policies.Pi0Config(), HARDWARE[hardware]
+def on_paper(setting: str, hardware: str, train: str, environment: dict[str, float], program=stepnft_pi0, **changes: int) -> dict:
+    """Seconds of an iteration by phase, bytes on a GPU, and what takes longest. environment: seconds of a reset and of a step;
+    program: that of π0 or of π0.5; changes: to the authors' settings."""
+    args, N = program.PAPER[setting] | changes, HARDWARE[hardware]
+    c = policies.checkpoint.TYPES[program.POLICY][1]()
     rlinf, cameras = N > 8, dict(maniskill=1, libero=2)[setting]
-    memory = next(row for row in read("memory")["full_size"] if (row["policy"], row["train"]) == ("pi0", train))
+    memory = next(row for row in read("memory")["full_size"] if (row["policy"], row["train"]) == (program.POLICY, train))
     E = args["num_envs"] * args["rollout_epochs"]
     B = E if rlinf else args["num_envs"]  # with so many GPUs, all episodes of an iteration side by side
     turns = args["rollout_steps"] // args["execute"]
@@ -133,5 +137,5 @@ def everything(maniskill: dict[str, float]) -> dict:
     per_step = libero["args"]["workers"] / libero["median"]["ours"]["episodes"]  # resets included
     environments = dict(maniskill=maniskill, libero=dict(reset=0.0, step=per_step))
     names = "CORES HOST GPU PEAK HBM NVLINK NETWORK PCIE SHARE LAYER FULL ADAM MICRO".split()
-    rows = [on_paper(*which, environments[which[0]]) for which in itertools.product(PAPER, HARDWARE, MICRO)]
+    rows = [on_paper(*which, environments[which[0]]) for which in itertools.product(stepnft_pi0.PAPER, HARDWARE, MICRO)]
     return dict(environments=environments, constants={name: globals()[name] for name in names}, checks=checks(), paper=rows)

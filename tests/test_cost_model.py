@@ -19,9 +19,11 @@ from pi_stepnft import policies
 from pi_stepnft.policies import gemma
 
 
-def test_flops_are_those_that_torch_counts():
-    c = policies.Pi0Config.tiny(num_cameras=2, horizon=6)
-    policy = policies.Pi0(c).eval()
+@pytest.mark.parametrize("kind", policies.checkpoint.TYPES)
+def test_flops_are_those_that_torch_counts(kind):
+    Policy, Config = policies.checkpoint.TYPES[kind]
+    c = Config.tiny(num_cameras=2, horizon=6)
+    policy = Policy(c).eval()
     images, mask = torch.zeros(1, 2, 3, c.image_size, c.image_size), torch.ones(1, 2, dtype=torch.bool)
     tokens = torch.ones(1, c.max_token_len, dtype=torch.int64)
     counted = []
