@@ -91,10 +91,10 @@ def shipped(runs: list[dict]) -> str:
     return success("before")(runs[:1] if len({r["before"]["success"] for r in runs}) == 1 else runs)
 
 
-def replay(runs: list[dict]) -> str:
-    """Success of demonstrations repeated blindly in the task (benchmarks/replay_baseline.py), their mean."""
-    path = runs[0]["path"].with_name(f"replay-{runs[0]['env_id'].replace('/', '-')}-{runs[0]['obs_mode']}.json")
-    return spread([np.mean([row["success"] for row in read(path)["rows"]])], scale=100) if path.exists() else "–"
+def replay(run: dict) -> str:
+    """Success of demonstrations repeated blindly in the task (benchmarks/replay_baseline.py), their mean, if that was measured."""
+    path = run["path"].with_name(f"replay-{run['env_id'].replace('/', '-')}-{run['obs_mode']}.json")
+    return f", replay {100 * np.mean([row['success'] for row in read(path)['rows']]):.1f}" if path.exists() else ""
 
 
 def commit(run: dict) -> str:
@@ -113,7 +113,6 @@ COLUMNS: dict[str, Callable[[list[dict]], str]] = {
     "minutes": lambda runs: spread([r["training_minutes"] for r in runs], ".0f"),
     "commit": lambda runs: ", ".join(dict.fromkeys(map(commit, runs))),
     "success, %": shipped,
-    "replay of a demonstration, %": replay,
 }
 OVERVIEW = ("seeds", "before, %", "after, %", "out of distribution, %")
 HEADLINE = ("before, %", "after, %", "thousand steps", "minutes", "commit")
@@ -163,6 +162,44 @@ def cost_model(results: Path) -> str:
     return markdown(["run", "parameters", "rollout, s", "update, s", "iteration, s", "error"], rows)
 
 
+HERE = {("π0", "libero_object"): "libero/stepnft-libero_object-3-state-1.json",
+        ("π0", "libero_spatial"): "libero/stepnft-libero_spatial-8-state-1.json"}
+"""Row of the paper's first table → the training that stands in for it."""
+
+
+def hours(row: dict) -> list[str]:
+    return [f"{each:.0f}" if each > 20 else f"{each:.1f}" for each in row["hours"].values()]
+
+
+def paper_libero(results: Path) -> str:
+    """The paper's first table: its numbers, what stands in for them here, the command and what that takes."""
+    paper, rows = read(results / "paper.json"), []
+    for policy, published in paper["published"]["libero"].items():
+        commands = {r["task"]: r for r in paper["rows"] if (r["setting"], r["policy"]) == ("libero", policy)}
+        for suite, (before, after) in published.items():
+            (run,) = load(results, HERE[policy, suite]) if (policy, suite) in HERE else (None,)
+            here = f"{rate(run['before'])} → {rate(run['after'])}, task {run['env_id'][-1]}{replay(run)}" if run else "–"
+            row = commands.get(suite)
+            rows.append([f"{policy}, {suite.removeprefix('libero_')}", f"{before} → {after}", here,
+                         *([f"`{row['command']}`", *hours(row)] if row else ["", "", ""])])
+    return markdown(["policy, suite", "paper, %", "here, %", "command", "hours, 1 GPU", "8 GPUs"], rows)
+
+
+def paper_maniskill(results: Path) -> str:
+    """The second one, and below its rows what stands in for it: PickCube-v1 and its variants, a tiny π0 from pictures."""
+    paper, compared = read(results / "paper.json"), read(results / COMPARED)["group_rows"]
+    rows = []
+    for row in paper["rows"]:
+        if row["setting"] == "maniskill":
+            cells = [f"{before} → {after}" for before, after in paper["published"]["maniskill"][row["policy"]].values()]
+            rows.append([row["policy"], *cells, f"`{row['command']}`", *hours(row)])
+    ours = {r["name"]: [f"{100 * r['policies'][label]['success']:.1f}" for label in ("SFT", "StepNFT")] for r in compared}
+    names = "PickCube-v1", "vision", "semantic", "execution", "OOD mean"
+    rows.append(["here, on PickCube-v1", *(" → ".join(ours[name]) for name in names), "", "", ""])
+    families = ["in distribution", "vision", "semantic", "execution", "mean of the three"]
+    return markdown(["%", *families, "command", "hours, 1 GPU", "8 GPUs"], rows)
+
+
 # --------------------------------------------------------------------------------------------------------- what stands where
 
 TABLES: dict[str, Callable[[Path], str]] = {
@@ -195,12 +232,9 @@ TABLES: dict[str, Callable[[Path], str]] = {
         ("`pi05-tiny-pickcube-rgb`", "stepnft-pi05-PickCube-v1-rgb-*.json"),
         ("`pi05-tiny-pickcube-state`", "stepnft-pi05-PickCube-v1-state-*.json"),
     ], ("success, %",)),
-    "libero": Runs(("task",), [
-        ("libero_object/3", "libero/stepnft-libero_object-3-state-1.json"),
-        ("libero_spatial/8", "libero/stepnft-libero_spatial-8-state-1.json"),
-    ], ("before, %", "after, %", "replay of a demonstration, %")),
     "ranks": Runs(("processes",), [("one", "ranks/PickCube-v1-state-1-*.json"), ("two ranks", "ranks/PickCube-v1-state-2-*.json")]),
     "overview": overview, "overlap": overlap, "cost model": cost_model,
+    "paper, LIBERO": paper_libero, "paper, ManiSkill": paper_maniskill,
 }
 
 COMPARED = "evaluate/PickCube-v1-rgb.json"
