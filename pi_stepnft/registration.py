@@ -16,7 +16,7 @@ DELTA, POSITION, DENSE = (
 )
 MANISKILL = {
     "PickCube PushCube PullCube StackCube LiftPegUpright PlaceSphere PegInsertionSide PlugCharger PokeCube RollBall PushT "
-    "PullCubeTool StackPyramid DrawTriangle FMBAssembly1Easy": {},
+    "PullCubeTool StackPyramid DrawTriangle FMBAssembly1Easy PickNamedCube": {},
     "SO100GraspCube PickCubeSO100 UnitreeG1PlaceAppleInBowl UnitreeG1TransportBox RotateSingleObjectInHandLevel0 "
     "RotateSingleObjectInHandLevel1 RotateValveLevel0 RotateValveLevel1 RotateValveLevel2 RotateValveLevel3 RotateValveLevel4 "
     "TriFingerRotateCubeLevel0 TriFingerRotateCubeLevel1 TriFingerRotateCubeLevel2 TriFingerRotateCubeLevel3 "

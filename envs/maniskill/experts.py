@@ -1,4 +1,4 @@
-"""Scripted experts on privileged simulator state for six ManiSkill tabletop tasks (Panda, `pd_ee_delta_pose`).
+"""Scripted experts on privileged simulator state for seven ManiSkill tabletop tasks (Panda, `pd_ee_delta_pose`).
 
     expert = experts.make("PickCube-v1")(env.unwrapped)   # a single-environment CPU env
     expert.reset()
@@ -135,10 +135,20 @@ class PickCube(Expert):
     Success: cube within 0.025 m of the goal, joints slower than 0.2 rad/s (`pick_cube.py`).
     """
 
+    def cube(self):
+        return self.env.cube
+
     def waypoint(self):
-        cube, goal = position(self.env.cube), position(self.env.goal_site)
+        cube, goal = position(self.cube()), position(self.env.goal_site)
         held, point, grip = self.grasp(cube, self.env.cube_half_size)
         return (self.tcp + goal - cube, CLOSE) if held else (point, grip)
+
+
+class PickNamedCube(PickCube):
+    """The cube that is meant, past the other one (`named.py`)."""
+
+    def cube(self):
+        return self.env.cubes[self.env.meant[0]]
 
 
 class PushCube(Expert):
@@ -249,6 +259,7 @@ class LiftPegUpright(Expert):
 
 EXPERTS = {
     "PickCube-v1": PickCube,
+    "PickNamedCube-v1": PickNamedCube,
     "PushCube-v1": PushCube,
     "PullCube-v1": PushCube,
     "StackCube-v1": StackCube,

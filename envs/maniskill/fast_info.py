@@ -81,6 +81,20 @@ class PickCube(Known):
         return [cube.p, cube.q, cube.p - tcp.p, goal.p - cube.p]
 
 
+class PickNamedCube(Known):
+    code = "de7be58892f04d2f"
+
+    def excess(self) -> float:
+        return math.hypot(*offset(self.task.cubes[self.task.meant[0]], self.task.goal_site)) - self.task.goal_thresh
+
+    def seen(self, tcp: sapien.Pose) -> list:
+        return [*map(self.task.agent.is_grasping, self.task.cubes), tcp.p, tcp.q, pose(self.task.goal_site).p]
+
+    def told(self, tcp: sapien.Pose) -> list:
+        goal = pose(self.task.goal_site).p
+        return [part for cube in map(pose, self.task.cubes) for part in (cube.p, cube.q, cube.p - tcp.p, goal - cube.p)]
+
+
 class PushCube(Known):
     code = "7c1cceb0eb3fab52"
 
@@ -136,7 +150,7 @@ class PlaceSphere(Known):
         return [sphere.p, sphere.q, sphere.p - tcp.p]
 
 
-KNOWN = {kind.code: kind for kind in (PickCube, PushCube, PullCube, StackCube, LiftPegUpright, PlaceSphere)}
+KNOWN = {kind.code: kind for kind in (PickCube, PickNamedCube, PushCube, PullCube, StackCube, LiftPegUpright, PlaceSphere)}
 
 
 @functools.cache

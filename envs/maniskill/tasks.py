@@ -52,6 +52,8 @@ def registry() -> tuple[dict, Any, dict]:
         from mani_skill.agents.registration import REGISTERED_AGENTS
         from mani_skill.utils import assets
         from mani_skill.utils.registration import REGISTERED_ENVS
+
+        import pi_stepnft.envs.maniskill.named  # noqa: F401 (registers ours)
     except ImportError as error:
         if vulkan.is_driver_error(error):
             raise EnvError(vulkan.no_driver_message()) from error
