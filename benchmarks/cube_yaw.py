@@ -1,0 +1,115 @@
+"""Where policies fail on PickCube-v1, and what their features see: python benchmarks/cube_yaw.py
+
+Of each checkpoint that ships for the task: success by how far the cube is turned from the gripper (0° to 45°; a cube looks the same
+every 90°), and how much the policy turns its hand with it. Of those that see pictures: what a ridge regression reads of the cube's
+place and of its turn in the keys and values of the prefix, which the expert sees, on the first pictures of episodes. Writes
+benchmarks/results/exploration/cube_yaw.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a file of a checkout runs that checkout's code
+import pi_stepnft  # noqa: F401
+
+sys.path.pop(0)
+
+import numpy as np
+import torch
+import tyro
+from scipy.spatial.transform import Rotation
+
+from pi_stepnft import envs, policies
+from pi_stepnft.envs import TUNING_SEED
+from pi_stepnft.harness.evaluation import by_ode, evaluate
+from pi_stepnft.harness.run import commit
+from pi_stepnft.harness.statistics import wilson
+
+TASK = "PickCube-v1"
+CUBE = slice(29, 36)  # of the states of state mode: position in m, quaternion with w first
+BINS = 0, 9, 18, 27, 36, 45  # degrees
+OUT = Path(__file__).parent / "results" / "exploration" / "cube_yaw.json"
+
+
+@dataclass
+class Args:
+    checkpoints: tuple[str, ...] = tuple(f"{policy}-tiny-pickcube-{mode}{of}" for mode in ("rgb", "state")
+                                         for policy in ("pi0", "pi05") for of in ("", "-stepnft"))
+    """bundled names or folders"""
+    episodes: int = 512
+    """tuning episodes per checkpoint"""
+    pictures: int = 3072
+    """first pictures for the regression, of which a sixth tests it"""
+    out: Path = OUT
+    """where the JSON file goes"""
+
+
+def cubes(seeds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where the cubes of episodes begin: position (N, 2) in m, and turn from the nearest quarter (N,), -45 to 45 degrees."""
+    venv = envs.make(TASK, 32, obs_mode="state")
+    states = np.concatenate([venv.reset(seed=part)[0]["state"][:, CUBE] for part in seeds.reshape(-1, 32)])
+    venv.close()
+    yaw = Rotation.from_quat(np.roll(states[:, 3:], -1, 1)).as_euler("xyz", degrees=True)[:, 2]
+    return states[:, :2], (yaw + 45) % 90 - 45
+
+
+def features(policy: policies.Pi0, seeds: np.ndarray) -> torch.Tensor:
+    """Keys and values of the prefix of first pictures, each of them scaled (N, D)."""
+    venv, rows = envs.make(TASK, 32, obs_mode="rgb", image_size=policy.config.image_size), []
+    for part in seeds.reshape(-1, 32):
+        *inputs, _ = policy.processor(venv.reset(seed=part)[0], venv.instructions)
+        with torch.no_grad():
+            prefix = policy.encode_prefix(*inputs)
+        rows.append(torch.cat([prefix.keys, prefix.values]).transpose(0, 1).flatten(1))
+    venv.close()
+    rows = torch.cat(rows)
+    rows = rows[:, rows.std(0) > 1e-4]
+    return (rows - rows.mean(0)) / rows.std(0)
+
+
+def read(x: torch.Tensor, y: np.ndarray) -> np.ndarray:
+    """The errors (n, d) of a ridge regression on the last sixth, with the penalty that leaves least of them."""
+    n = len(x) * 5 // 6
+    y = torch.from_numpy(y).float()
+    kernel, mean = x @ x[:n].T / x.shape[1], y[:n].mean(0)
+    errors = [kernel[n:] @ torch.linalg.solve(kernel[:n] + penalty * torch.eye(n), y[:n] - mean) + mean - y[n:]
+              for penalty in (1e-4, 1e-3, 1e-2, 1e-1)]
+    return min(errors, key=lambda error: float(error.square().mean())).numpy()
+
+
+def main(args: Args) -> None:
+    results = dict(command=" ".join(["python benchmarks/cube_yaw.py", *sys.argv[1:]]), commit=commit(), policies={})
+    seeds = TUNING_SEED + np.arange(args.episodes)
+    _, turn = cubes(seeds)
+    pictured = np.arange(args.pictures)
+    places, turns = cubes(pictured)
+    for name in args.checkpoints:
+        policy = policies.load(name)
+        mode, execute = policy.meta["obs_mode"], policy.meta.get("execute", policy.config.horizon)
+        venv = envs.make(TASK, 64, obs_mode=mode, chunk=execute, image_size=policy.config.image_size)
+        outcome = evaluate(venv, by_ode(policy, policy.config.num_steps), args.episodes, execute=execute, seed=TUNING_SEED,
+                           progress=name)
+        venv.close()
+        rows = []
+        for low, high in zip(BINS, BINS[1:]):
+            inside = (abs(turn) >= low) & (abs(turn) <= high)
+            rows.append(dict(degrees=[low, high], episodes=int(inside.sum()), success=float(outcome.success[inside].mean()),
+                             interval=wilson(outcome.success[inside].sum(), inside.sum())))
+        turned = outcome.actions[:, :, 5].sum(1)  # in parts of the controller's largest turn, about the vertical
+        follows = float(np.corrcoef(turned, turn)[0, 1])
+        results["policies"][name] = one = dict(outcome.outcome, by_turn=rows, turns_with_the_cube=follows)
+        if mode == "rgb" and not name.endswith("-stepnft"):  # the VLM stays as it is in training
+            seen, angle = features(policy, pictured), np.radians(4 * turns)
+            round_ = np.stack([np.cos(angle), np.sin(angle)], 1)
+            one["place_error_mm"] = (1000 * np.sqrt((read(seen, places) ** 2).mean(0))).tolist()
+            one["turn_r2"] = float(1 - (read(seen, round_) ** 2).mean() / round_.var(0).mean())
+        print(name, one)
+        args.out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
