@@ -189,7 +189,7 @@ def test_pictures_are_turned_by_half_a_turn(env, monkeypatch):
 def test_an_environment_that_is_gone_leaves_the_others_their_pictures(env):
     env.reset(EVAL_SEED)
     before = observe(env)[0]
-    other = LiberoSpec(TASK, image_size=SIZE).create(0, 1)
+    other = LiberoSpec("libero_object/3", image_size=SIZE).create(0, 1)
     observe(other)
     assert (observe(env)[0] == before).all()  # env's is the current context again
     del other
@@ -197,13 +197,53 @@ def test_an_environment_that_is_gone_leaves_the_others_their_pictures(env):
     assert len(DROPPED) == 1 and (observe(env)[0] == before).all() and not DROPPED
 
 
+def resident() -> int:
+    """Of this process's memory, bytes."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_a_second_environment_of_a_task_takes_a_models_memory_and_no_renderers(env):
+    env.reset(EVAL_SEED)
+    before, memory = observe(env)[0], resident()
+    other = LiberoSpec(TASK, image_size=SIZE).create(0, 1)
+    model = other.base.sim.model._model
+    assert resident() - memory < model.nbuffer  # without its textures; with what it was made from it took four times as much
+    assert other._renderer() is env._renderer()
+    for seed in (EVAL_SEED + 1, EVAL_SEED):
+        other.reset(seed)
+        assert (observe(other)[0] == before).all() == (seed == EVAL_SEED)
+    assert (observe(env)[0] == before).all()
+
+
+def test_pictures_larger_than_mujocos_screen_have_their_textures(env):
+    large = LiberoSpec(TASK, image_size=11 * SIZE).create(0, 1)
+    image = np.zeros((2, 11 * SIZE, 11 * SIZE, 3), np.uint8)
+    for each in (env, large):
+        each.reset(EVAL_SEED)
+    large.observe(image, np.zeros(8, np.float32))
+    scaled = image.reshape(2, SIZE, 11, SIZE, 11, 3).mean((2, 4))
+    assert np.abs(scaled - observe(env)[0]).mean() < 5
+
+
+def test_a_video_of_state_mode_changes_no_state():
+    env, ends = LiberoSpec("libero_object/3", obs_mode="state").create(0, 1), []
+    for filmed in (False, True):
+        env.reset(EVAL_SEED)
+        assert env.base.sim._render_context_offscreen is None  # it takes none of a renderer's memory until then
+        if filmed:
+            assert env.render().std() > 20
+        env.step(random_actions(3, 8))
+        ends.append(joints(env))
+    np.testing.assert_array_equal(*ends)
+
+
 def test_a_picture_that_cannot_be_drawn_is_an_error():
-    env = LiberoSpec(TASK, image_size=SIZE).create(0, 1)
+    env = LiberoSpec("libero_object/3", image_size=SIZE).create(0, 1)
     observe(env)
     from OpenGL import GL
 
     GL.glDeleteFramebuffers(1, [env.base.sim._render_context_offscreen.con.offFBO])
-    with pytest.raises(EnvError, match="OpenGL cannot draw libero_goal/0"):
+    with pytest.raises(EnvError, match="OpenGL cannot draw libero_object/3"):
         observe(env)
 
 

