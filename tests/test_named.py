@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+import torch
 
-from pi_stepnft import envs
+from pi_stepnft import envs, policies
 from pi_stepnft.envs import demos, vulkan
 from pi_stepnft.envs.base import EnvError
 from pi_stepnft.envs.maniskill import ManiSkillSpec, experts
@@ -123,6 +124,20 @@ def test_demonstrations_hold_the_sentence_of_each_episode(tmp_path):
     data = demos.collect(tmp_path / "named.h5", venv, 6, progress=False)
     venv.close()
     assert len(data.instructions) == 2 and set(data.told[data.start]) == {0, 1}
+
+
+def test_the_start_that_ships_goes_to_the_cube_that_the_sentence_names(named):
+    policy, states, ways = policies.load("pi0-tiny-picknamedcube-state").eval(), [], []
+    for seed in SEEDS:
+        named.reset(seed)
+        states.append(observe(named))
+        ways.append(named.object_positions()[:, :2] - named.base.agent.tcp_pose.p[0, :2].numpy())
+    ways = np.array(ways) / np.linalg.norm(ways, axis=2, keepdims=True)  # (scenes, cubes, 2)
+    torch.manual_seed(0)
+    for i, color in enumerate(COLORS):
+        actions = policy.act(dict(state=np.array(states)), [f"pick up the {color} cube and move it to the goal"] * len(SEEDS))
+        towards = np.einsum("sci,si->sc", ways, actions[:, 0, :2])
+        assert (towards[:, i] > towards[:, 1 - i]).mean() >= 0.9
 
 
 def test_there_is_no_dense_reward():
