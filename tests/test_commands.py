@@ -50,7 +50,7 @@ TINY = {
     r"algos/evaluate\.py": "--episodes 2 --num-envs 2 --num-threads 1 --no-video",
     r"compare\.py --": "--dry-run",
     r"overlap\.py": "--num-envs 4 --rounds 1",
-    r"scaling\.py": f"--iterations 2 --repeats 1 --options '{RL} --obs-mode state --env-options num_workers=0'",
+    r"scaling\.py": f"--iterations 2 --repeats 1 --options='{RL} --obs-mode state --env-options num_workers=0'",
     r"cost_model\.py": "--table",
     r"replay_baseline\.py": "--demonstrations 1 --episodes 1 --num-envs 1",
 }
