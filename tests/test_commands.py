@@ -43,7 +43,8 @@ EXCUSED = {
 RL = ("--iterations 2 --max-minutes 0 --num-envs 4 --rollout-epochs 1 --rollout-steps 8 --num-minibatches 1 --eval-every 0 "
       "--final-eval-episodes 2 --num-threads 1 --no-video")
 TINY = {
-    r"algos/(stepnft_pi0|stepnft_pi05|ppo|rft|critic)\.py": RL,
+    r"algos/(stepnft_pi0|stepnft_pi05|ppo|rft)\.py": RL,
+    r"algos/critic\.py": f"{RL} --critic-warmup 1",
     r"algos/(grpo|nft)\.py": f"{RL} --group-size 2",
     r"algos/sft\.py": "--demos 2 --steps 3 --batch-size 4 --num-envs 2 --eval-episodes 2 --num-threads 1 --no-video",
     r"algos/pretrain\.py": "--episodes 4 --steps 3 --batch-size 4 --num-threads 1",
