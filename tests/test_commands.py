@@ -223,8 +223,8 @@ def checkout(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def interrupted(checkout) -> None:
     """A run of one iteration, as runs/RUN."""
-    bash(f"{tiny('python algos/stepnft_pi0.py --obs-mode state')} --iterations 1", checkout)
-    (run,) = (checkout / "runs").glob("stepnft-PickCube-v1-state-*")
+    bash(f"{tiny('python algos/stepnft_pi0.py --obs-mode state --seed 9')} --iterations 1", checkout)
+    (run,) = (checkout / "runs").glob("stepnft-PickCube-v1-state-9-*")  # other commands leave runs of seed 1
     run.rename(checkout / "runs" / "RUN")
 
 
