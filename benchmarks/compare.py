@@ -518,8 +518,8 @@ def draw_ablations(path: Path, title: str, variants: dict[str, list[dict]]) -> N
 
 
 def report() -> None:
-    """Draw docs/images/comparison_<task>_<mode>.png, <label>_<task>_<mode>.png with the seeds of each algorithm, and
-    ablations_<task>_<mode>.png, and write what stands between the marks in PAGE, and all that pages.py writes."""
+    """Draw docs/images/comparison_<task>_<mode>.png and ablations_<task>_<mode>.png, and write what stands between the marks in
+    PAGE, and all that pages.py writes."""
     images = ROOT / "docs" / "images"
     results, ablations, trials = (load(ROOT / "benchmarks" / "results" / folder) for folder in ("", "ablations", "tuning"))
     place = lambda r: (r["env_id"], r["obs_mode"])
@@ -532,9 +532,6 @@ def report() -> None:
         if here:
             lines = {f"{label}, n = {len(runs)}": (styles[label], runs) for label, runs in by_label(here).items()}
             draw(images / f"comparison_{env_id}_{mode}.png", task, lines)
-            for label, runs in by_label(here).items():
-                seeds = {f"seed {r['seed']}": (style, [r]) for r, style in zip(runs, cycle(STYLES))}
-                draw(images / f"{label}_{env_id}_{mode}.png", f"{label}, {task}", seeds)
             parts += [summary(here), f"![{task}](../images/comparison_{env_id}_{mode}.png)",
                       "Each run, with 95 % Wilson intervals over its episodes:", each_run(here)]
             if table := out_of_distribution(here):

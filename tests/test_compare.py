@@ -402,7 +402,7 @@ def test_report_separates_algorithms_ablations_and_trials(root):
         wmse.format(1), wmse.format(2), "python algos/ppo.py --learning-rate 1",
     ]
     assert sorted(path.name for path in (root / "docs" / "images").iterdir()) == [
-        "ablations_Task-v1_state.png", "comparison_Task-v1_state.png", "ppo_Task-v1_state.png", "stepnft_Task-v1_state.png",
+        "ablations_Task-v1_state.png", "comparison_Task-v1_state.png",
     ]
     compare.report()
     assert (root / compare.PAGE).read_text() == text

@@ -51,6 +51,12 @@ def test_links_and_anchors_resolve(path):
     assert broken(path) == []
 
 
+def test_every_picture_is_shown():
+    pictures = {path.name for folder in ("docs/images", "videos") for path in (ROOT / folder).iterdir()}
+    shown = set(re.findall(r"(?:images|videos)/([\w.-]+)", "\n".join(path.read_text() for path in [*USER, *NOTEBOOK])))
+    assert pictures == shown
+
+
 def test_a_link_that_leads_nowhere_is_found(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("# One `two`, three\n"
