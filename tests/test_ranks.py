@@ -21,8 +21,8 @@ import toy_simulator
 from safetensors.torch import load_file
 
 from pi_stepnft import envs, harness, policies
-from pi_stepnft.algos import evaluate as evaluate_program
 from pi_stepnft.algos import critic, grpo, nft, ppo, rft, sft, stepnft_pi0
+from pi_stepnft.algos import evaluate as evaluate_program
 from pi_stepnft.harness import ranks
 from pi_stepnft.harness.evaluation import evaluate
 from pi_stepnft.policies.weights import whole
