@@ -271,8 +271,10 @@ def main(args: Args) -> None:
         used, outcome = torch.from_numpy(keep).to(device), torch.from_numpy(rollout.success[episode]).float().to(device)
         later = torch.from_numpy(later_rows(episode, chunks.turn.numpy(), args.n_step)).to(device)
         every = torch.arange(M, device=device)
+        ended = later < 0
+        later = torch.where(ended, every, later)  # what stands there is not asked for
         chance, executed = chunks.chance[every, chunks.chosen], chunks.acts[every, chunks.chosen]  # (M,), (M, D)
-        fields = chunks.seen, executed, chunks.seen[later], chunks.acts[later], later < 0, outcome
+        fields = chunks.seen, executed, chunks.seen[later], chunks.acts[later], ended, outcome
         replay.append([field[used] for field in fields])
         seen, acts, later_seen, later_acts, ended, outcomes = map(torch.cat, zip(*replay))
         losses = harness.Averages()

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 from pi_stepnft import envs, harness, policies
 from pi_stepnft.envs import demos
-from pi_stepnft.harness import Batch, Count, Positive, PositiveOrZero, Size, Text
+from pi_stepnft.harness import Batch, Count, CountOrZero, Positive, PositiveOrZero, Size, Text
 
 
 @dataclass
@@ -41,6 +41,8 @@ class Args(harness.RunArgs):
     # rgb: scenes
     episodes: Count = 1400
     """rgb: episodes of the task's scripted expert that are rendered (about 25 pictures each); the last 5 % are held out"""
+    scenes: CountOrZero = 0
+    """rgb: randomised scenes (tables, lights, cameras, colours, things around) over which episodes are spread; 0: the plain task"""
     noise: PositiveOrZero = 0.6
     """rgb: noise on the expert's executed translation, relative to it: variety of scenes"""
     dataset: Text | None = None
@@ -78,16 +80,21 @@ def main(args: Args) -> None:
     reads = getattr(Config, "discrete_state", False)  # whether its state is text in the prompt
 
     # Scenes: pictures and the positions in them. State mode has none, and needs the task for the length of its state alone.
-    path = args.dataset or f"demos/{harness.task_name(args)}-scenes-{args.image_size}px-{args.episodes}-noise{args.noise}.h5"
+    scenes = [f"{args.env_id}/random-{i}" for i in range(args.scenes)]
+    name = f"{harness.task_name(args)}-{args.scenes or ''}scenes"
+    path = args.dataset or f"demos/{name}-{args.image_size}px-{args.episodes}-noise{args.noise}.h5"
     if rgb and (args.dataset or os.path.exists(path)):
         data = demos.read(path, env_id=args.env_id, obs_mode="rgb")
     else:
         if rgb:
             envs.simulator(args.env_id).expert(args.env_id)  # who has none is told before the simulators start
+            for scene in scenes[:1]:
+                envs.simulator(scene).check(scene)
         venv = harness.make_envs(args, num_envs=envs.num_cores() if rgb else 1, image_size=args.image_size, backend="cpu")
         instruction, state_dim = venv.instruction, venv.single_observation_space["state"].shape[0]
         if rgb:  # seeds of their own: few-shot demonstrations come from other episodes
-            data = demos.collect(path, venv, args.episodes, noise=args.noise, first_seed=envs.TRAIN_SEEDS + 100_000_000)
+            data = demos.collect(path, venv, args.episodes, noise=args.noise, first_seed=envs.TRAIN_SEEDS + 100_000_000,
+                                 scenes=scenes)
         venv.close()
     if rgb:
         state_dim = data.state.shape[1]

@@ -13,10 +13,11 @@ and attributes `seed`, `steps`, and `instruction`, where it is not that of the f
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import h5py
@@ -118,12 +119,23 @@ def demonstrate(env: Environment, seed: int, noise: float, observe: bool = True)
     return {name: np.stack(values) for name, values in rows.items()} | told if env.success else None
 
 
+def demonstrate_in(env: Environment, env_id: str, seeds: Sequence[int], noise: float) -> list[dict | None]:
+    """Episodes of `demonstrate` in another scene of env's task, which is made for them."""
+    scene = type(env)(replace(env.spec, env_id=env_id))
+    try:
+        return [demonstrate(scene, seed, noise) for seed in seeds]
+    finally:
+        scene.close()
+
+
 def collect(
-    path: str | Path, venv, count: int, *, noise: float = 0.0, first_seed: int = TRAIN_SEEDS, progress: bool = True
+    path: str | Path, venv, count: int, *, noise: float = 0.0, first_seed: int = TRAIN_SEEDS, scenes: Sequence[str] = (),
+    progress: bool = True,
 ) -> Demos:
     """Write `count` successful episodes of the task's expert to `path` and read them back.
 
-    venv: an `envs.pool.ChunkVecEnv`, whose workers run the experts. The file appears when it is complete, never half-written.
+    venv: an `envs.pool.ChunkVecEnv`, whose workers run the experts. scenes: ids of variants of its task, over which the episodes
+    are spread evenly; none: the task itself. The file appears when it is complete, never half-written.
     Raises EnvError if there is no expert for the task, or it fails more than half the time.
     """
     spec = venv.spec
@@ -140,7 +152,13 @@ def collect(
             )
             while done < count:
                 seeds = range(first_seed + tried, first_seed + tried + count - done)
-                for episode in venv.call(demonstrate, [dict(seed=seed, noise=noise) for seed in seeds]):
+                if scenes:
+                    shares = [(scene, seeds[i :: len(scenes)]) for i, scene in enumerate(scenes)]
+                    jobs = [dict(env_id=scene, seeds=share, noise=noise) for scene, share in shares if share]
+                    made = itertools.chain.from_iterable(venv.call(demonstrate_in, jobs))
+                else:
+                    made = venv.call(demonstrate, [dict(seed=seed, noise=noise) for seed in seeds])
+                for episode in made:
                     tried += 1
                     if episode is None:
                         continue

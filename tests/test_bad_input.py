@@ -249,6 +249,8 @@ WITH_MANISKILL = [  # whose import takes seconds
     ("pretrain", "--env-id PokeCube-v1", "no scripted expert for 'PokeCube-v1', only for PickCube-v1"),
     ("sft", "--env-id PickCub-v1", "unknown environment id 'PickCub-v1'"),
     ("pretrain", "--env-id PickCub-v1", "unknown environment id 'PickCub-v1'"),
+    ("pretrain", "--env-id PullCubeTool-v1 --scenes 2", "no scripted expert for"),
+    ("pretrain", "--env-id PickNamedCube-v1 --scenes 2", "unknown variant 'PickNamedCube-v1/random-0'; PickNamedCube-v1 has none"),
     ("evaluate", "state --env-id PickCub-v1", "unknown environment id 'PickCub-v1'"),
     ("evaluate", "state --env-id PickCube-v1/vision-table_color-1", "is a variant: name its task there"),
     ("evaluate", "state --env-id StackCube-v1", "state takes 42 state dimensions, StackCube-v1 has 48: use its policy"),

@@ -9,7 +9,7 @@ import pytest
 from pi_stepnft import envs
 from pi_stepnft.envs import demos, vulkan
 from pi_stepnft.envs.base import EnvError
-from pi_stepnft.envs.maniskill import Camera, ManiSkillSpec, tasks, variants
+from pi_stepnft.envs.maniskill import Camera, ManiSkillSpec, randomised, tasks, variants
 from pi_stepnft.envs.maniskill import env as maniskill
 from pi_stepnft.envs.maniskill.cuda import CudaVecEnv
 
@@ -199,6 +199,42 @@ def test_distractors_stand_clear_and_are_not_in_the_state(env):
 
 
 # -------------------------------------------------------------------------------------------------------------------- execution
+
+
+@pytest.mark.parametrize("task", variants.TASKS)
+def test_randomised_scenes_leave_out_what_is_evaluated(task):
+    evaluated = [variants.find(variant) for variant in variants.variants(task)]
+    drawn = [randomised.scene(task, number) for number in range(300)]
+    for change in evaluated:
+        assert not any(randomised.near(scene, change) for scene in drawn)
+        shown = change.tablecloth or change.lights or any(change.camera) or change.image_noise
+        assert randomised.near(change, change) == bool(shown)
+        assert not any(scene.instruction == change.instruction for scene in drawn)
+        assert not any(set(scene.colors.values()) & set(change.colors.values()) for scene in drawn)
+        assert not any(scene.distractors and scene.distractors == change.distractors for scene in drawn)
+    for name in ("tablecloth", "lights", "camera", "image_noise", "distractors"):  # each is drawn, and at times left as it is
+        assert 20 < sum(getattr(scene, name) != getattr(variants.Change(), name) for scene in drawn) < 290
+    assert randomised.scene(task, 7) == drawn[7] != drawn[8]
+    if task == "PickCube-v1":
+        assert len({scene.instruction for scene in drawn}) == len(randomised.COLORS)
+
+
+def test_a_randomised_scene_looks_different_and_has_the_task_s_states(env):
+    image, state = start(env(obs_mode="rgb"), 5)
+    pictures = [start(env(f"random-{number}", "rgb"), 5) for number in (0, 1)]
+    assert all(np.abs(picture - image).mean() > 10 and np.array_equal(other, state) for picture, other in pictures)
+    assert np.abs(pictures[0][0] - pictures[1][0]).mean() > 10
+    assert env("random-0", "rgb").instruction == randomised.scene(PICK, 0).instruction
+
+
+def test_demonstrations_are_spread_over_scenes(tmp_path):
+    scenes = [f"{PICK}/random-{number}" for number in range(3)]
+    venv = envs.make(PICK, 1, obs_mode="rgb", image_size=48)
+    data = demos.collect(tmp_path / "demos.h5", venv, 5, scenes=scenes, progress=False)
+    venv.close()
+    first = [data.text(data.start[[i]])[0] for i in range(5)]
+    told = [randomised.scene(PICK, number).instruction for number in range(3)]
+    assert first == [told[0], told[0], told[1], told[1], told[2]] and len(set(told)) > 1
 
 
 def test_spawn_range(env):

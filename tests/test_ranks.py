@@ -21,8 +21,8 @@ import toy_simulator
 from safetensors.torch import load_file
 
 from pi_stepnft import envs, harness, policies
+from pi_stepnft.algos import critic, grpo, nft, ppo, rft, sft, stepnft_pi0
 from pi_stepnft.algos import evaluate as evaluate_program
-from pi_stepnft.algos import grpo, nft, ppo, rft, sft, stepnft_pi0
 from pi_stepnft.harness import ranks
 from pi_stepnft.harness.evaluation import evaluate
 from pi_stepnft.policies.weights import whole
@@ -205,6 +205,7 @@ CASES = {
     "nft --fsdp": (nft, dict(group_size=4, train="all")),
     "ppo": (ppo, dict(critic_warmup=0, update_epochs=1, rollout_epochs=5)),
     "grpo": (grpo, dict(group_size=4)),
+    "critic": (critic, dict(critic_warmup=0, replay=1, rollout_epochs=4)),
     "reinforce": (reinforce, dict(group_size=4, rollout_epochs=20)),
 }
 

@@ -13,7 +13,7 @@ import torch
 
 from pi_stepnft.envs import vulkan
 from pi_stepnft.envs.base import EnvError, Environment, fit, import_module
-from pi_stepnft.envs.maniskill import experts, plate, tasks
+from pi_stepnft.envs.maniskill import experts, plate, tasks, varied
 
 if TYPE_CHECKING:
     from pi_stepnft.envs.maniskill.simulator import Camera, ManiSkillSpec
@@ -43,6 +43,8 @@ def create(spec: ManiSkillSpec, num_envs: int, backend: str) -> gym.Env:
     kwargs |= sensor_configs(spec, spec.camera)
     kwargs.update(spec.kwargs)
     gym_id = spec.env_id.rpartition(":")[2]
+    if "/random-" in gym_id and gym_id not in gym.registry:
+        varied.register(gym_id)
     silent = contextlib.redirect_stdout(io.StringIO()) if plate.knows(gym_id) else contextlib.nullcontext()  # it prints as it loads
     try:
         # Rendering on a GPU does not mind triangles; there the meshes stay as they are.

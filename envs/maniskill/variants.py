@@ -321,11 +321,15 @@ def task_of(env_id: str) -> str:
 
 
 def find(env_id: str) -> Change:
-    """What a variant changes; nothing for a plain task. EnvError, in one line, for a variant that does not exist."""
+    """What a variant or a randomised scene changes; nothing for a plain task. EnvError, in one line, for what does not exist."""
     task, slash, variant = env_id.partition("/")
     if not slash:
         return Change()
     name, _, strength = variant.rpartition("-")
+    if task in TASKS and name == "random" and strength.isdecimal():
+        from pi_stepnft.envs.maniskill import randomised  # which is made of this module's classes
+
+        return randomised.scene(task, int(strength))
     pair = _changes(task).get(name)
     if pair is None or strength not in ("1", "2"):
         hint = did_you_mean(env_id, variants(task)) or f"; {task} has {'others' if task in TASKS else 'none'}"
@@ -334,7 +338,7 @@ def find(env_id: str) -> Change:
 
 
 def family(variant_id: str) -> str:
-    """ "vision", "semantic" or "execution". EnvError for what is no variant's id."""
+    """ "vision", "semantic" or "execution"; "random" of a randomised scene. EnvError for what is no variant's id."""
     find(variant_id)
     if "/" not in variant_id:
         raise EnvError(f"{variant_id!r} is a task, not a variant of one")

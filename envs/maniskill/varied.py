@@ -278,17 +278,18 @@ def create(variant: str, **kwargs: Any) -> gym.Env:
     return type(cls.__name__, (Varied, cls), dict(change=find(variant), task=TASKS[task]))(**kwargs)
 
 
-def _register() -> None:
+def register(variant: str) -> None:
+    """A variant's id with gymnasium."""
     limit = WrapperSpec("MSTimeLimit", "mani_skill.utils.registration:TimeLimitWrapper", dict(max_episode_steps=50))
-    for env_id in TASKS:  # all of 50 steps
-        for variant in variants(env_id):
-            gym.register(
-                variant,
-                entry_point="pi_stepnft.envs.maniskill.varied:create",
-                kwargs=dict(variant=variant),
-                disable_env_checker=True,
-                additional_wrappers=(limit,),
-            )
+    gym.register(
+        variant,
+        entry_point="pi_stepnft.envs.maniskill.varied:create",
+        kwargs=dict(variant=variant),
+        disable_env_checker=True,
+        additional_wrappers=(limit,),
+    )
 
 
-_register()
+for env_id in TASKS:  # all of 50 steps; randomised scenes are registered when they are asked for
+    for variant in variants(env_id):
+        register(variant)
