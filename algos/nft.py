@@ -1,11 +1,13 @@
 # Docs: docs/nft.md. RL without critic or likelihood: python algos/nft.py --env-id PickCube-v1 (π0.5: --policy pi05)
 """DiffusionNFT (arXiv 2509.16117v2) for π0 and π0.5: ODE rollouts, flow matching at fresh noise on the executed chunks, by an
-implicit positive and an implicit negative policy weighted by success, a slowly moving rollout policy."""
+implicit positive and an implicit negative policy weighted by success, a slowly moving rollout policy. Past the paper, if asked for:
+noise on solver steps, and labels of a success predictor, which do not tell from what state a chunk was executed."""
 
 from __future__ import annotations
 
 import copy
 import sys
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -17,6 +19,8 @@ sys.path.pop(0)
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from pi_stepnft import envs, harness, policies
 from pi_stepnft.harness import Count, CountOrZero, Positive, PositiveOrZero, Share, Size
@@ -36,9 +40,22 @@ class Args(harness.RLArgs):
     """episodes from one initial state (authors: 24 pictures per prompt; label group needs more than 1)"""
 
     # what is learned from
-    labels: Literal["binary", "group"] = "group"
+    labels: Literal["binary", "group", "predicted"] = "group"
     """optimality r of a chunk. binary: 1 after success, 0 after failure; group: success relative to the episodes from the same
-    initial state (the paper)"""
+    initial state (the paper); predicted: how much the chunk changes the chance of success, which a small network learns to predict
+    (with --group-size 1 --noise-level 0.7 --learning-rate 1e-4)"""
+    gae_lambda: Share = 0.7
+    """λ of label predicted: 0 believes the predictions, 1 the outcome"""
+    label_deviations: Positive = 2.0
+    """label predicted: a change of the chance by so many of its standard deviations makes an r of 0 or 1"""
+    predictor_width: Size = 128
+    """of the two hidden layers of the predictor"""
+    predictor_iterations: Count = 8
+    """iterations whose outcomes the predictor learns from"""
+    predictor_epochs: Count = 4
+    """passes over them per iteration"""
+    predictor_learning_rate: Positive = 1e-3
+    """Adam's for the predictor"""
 
     # update
     update_epochs: Count = 1
@@ -64,7 +81,7 @@ class Args(harness.RLArgs):
 
 def check(args: Args) -> None:
     """Raise RunError, in one line, for arguments that do not go together."""
-    if args.labels != "binary" and args.group_size < 2:
+    if args.labels == "group" and args.group_size < 2:
         raise harness.RunError(f"--labels {args.labels} compares episodes from one initial state: give --group-size of at least 2")
 
 
@@ -78,6 +95,7 @@ class Chunks(NamedTuple):
     x_0: torch.Tensor  # (M, H, A) the chunk itself
     episode: torch.Tensor  # (M,) which of the iteration's episodes it belongs to
     turn: torch.Tensor  # (M,) how many chunks that episode had before it
+    seen: torch.Tensor  # (M, W) what the predictor judges by; nothing, W = 0, without one
 
 
 def flow_sde_step(
@@ -176,6 +194,44 @@ def chunk_optimality(
     return 0.5 + 0.5 * (y - p) / np.maximum(p, 1 - p), (p > 0) & (p < 1)
 
 
+class SuccessPredictor(nn.Module):
+    """The chance that an episode will succeed, from what the policy offers a critic, the state and the time; one half at first."""
+
+    def __init__(self, policy: policies.Pi0, width: int):
+        super().__init__()
+        layers = nn.Linear(policy.critic_width + policy.config.state_dim + 1, width), nn.Linear(width, width), nn.Linear(width, 1)
+        self.net = nn.Sequential(layers[0], nn.GELU(), layers[1], nn.GELU(), layers[2])
+        nn.init.zeros_(self.net[-1].weight)
+        nn.init.zeros_(self.net[-1].bias)
+
+    def sees(
+        self, policy: policies.Pi0, prefix: policies.Prefix, state: torch.Tensor, noise: torch.Tensor, time: torch.Tensor
+    ) -> torch.Tensor:
+        """state: (B, S) normalised; noise: (B, H, A), where the solver's path begins; time: (B,) share of the episode that is over.
+        -> (B, W)"""
+        features = policy.features(prefix, state, noise, torch.ones(len(noise), device=noise.device))
+        return torch.cat((policy.critic_features(prefix, features), state, time.to(state)[:, None]), 1)
+
+    def forward(self, seen: torch.Tensor) -> torch.Tensor:
+        """seen (B, W) -> logits (B,)"""
+        return self.net(seen).squeeze(-1)
+
+
+def advantages(p: np.ndarray, success: np.ndarray, episode: np.ndarray, turn: np.ndarray, gae_lambda: float) -> np.ndarray:
+    """How much each of M chunks changes the chance of success: generalised advantages (arXiv 1506.02438) without discount, (M,).
+
+    p, episode, turn: (M,) predicted chance before a chunk, which episode it belongs to, and how many chunks came before it there;
+    success: (E,). The change p′ − p to the next chunk's p′, or to the outcome after the last one, and λ times what follows.
+    """
+    advantage, order = np.zeros(len(p)), np.lexsort((-turn, episode))  # from each episode's last chunk to its first
+    for i, later in zip(order, np.concatenate(([-1], order))):
+        if later >= 0 and episode[later] == episode[i]:
+            advantage[i] = p[later] - p[i] + gae_lambda * advantage[later]
+        else:
+            advantage[i] = success[episode[i]] - p[i]
+    return advantage
+
+
 def ema_decay(iteration: int, start: float, end: float, horizon: int) -> float:
     """α of θ_old ← α·θ_old + (1 − α)·θ: a cosine from `start` to `end` over `horizon` iterations."""
     return end + (start - end) * 0.5 * (1 + np.cos(np.pi * min(1.0, iteration / max(1, horizon))))
@@ -201,13 +257,17 @@ def main(args: Args) -> None:
     rollout_policy = copy.deepcopy(policy, {id(p): p for p in policy.parameters() if not p.requires_grad})
     run.divide(policy, rollout_policy)
     parameters, rollout_parameters = ([p for p in w.parameters() if p.requires_grad] for w in (policy, rollout_policy))
+    predictor = SuccessPredictor(policy, args.predictor_width).to(device)
+    predicting = list(predictor.parameters()) if args.labels == "predicted" else []
+    groups = [dict(params=parameters), dict(params=predicting, lr=args.predictor_learning_rate)]
     fused = device.type == "cuda"  # no temporary copies
-    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, betas=(0.9, 0.95), eps=1e-5, fused=fused)  # as StepNFT's
+    optimizer = torch.optim.Adam(groups, lr=args.learning_rate, betas=(0.9, 0.95), eps=1e-5, fused=fused)  # as StepNFT's
+    memory = deque(maxlen=args.predictor_iterations)  # what was seen in the last iterations, and what came of it
     if args.compile:
         policy.velocity, rollout_policy.velocity = torch.compile(policy.velocity), torch.compile(rollout_policy.velocity)
     run.make_envs(policy)
     E, G = args.num_envs * args.rollout_epochs, args.group_size
-    run.begin(dict(policy=policy, rollout_policy=rollout_policy), optimizer)
+    run.begin(dict(policy=policy, rollout_policy=rollout_policy), optimizer, unsaved=dict(predictor=predicting), memory=memory)
 
     for iteration in run.iterations():
         # ---------------------------------------------------------------------- rollout: act with θ_old, remember chunks
@@ -217,9 +277,13 @@ def main(args: Args) -> None:
             for turn in rollout:  # the next chunk of the episodes that are still running
                 *inputs, state = policy.processor(turn.obs, turn.instructions)
                 prefix = acting.encode_prefix(*inputs)
-                x_0 = flow_sde_sample(acting, prefix, state, turn.noise(K + 1), num_steps=K, noise_level=args.noise_level)
+                noise = turn.noise(K + 1)
+                x_0 = flow_sde_sample(acting, prefix, state, noise, num_steps=K, noise_level=args.noise_level)
+                seen = state[:, :0]
+                if predicting:
+                    seen = predictor.sees(acting, prefix, state, noise[:, 0], turn.number / rollout.rewards.shape[1])
                 prefixes.remember(inputs, prefix)
-                batches.append(Chunks(state, x_0, turn.episode, turn.number))
+                batches.append(Chunks(state, x_0, turn.episode, turn.number, seen))
                 turn.act(policy.processor.unnormalize_actions(x_0[:, : run.execute], turn.obs["state"]))
         run.lap("rollout")
 
@@ -228,15 +292,33 @@ def main(args: Args) -> None:
         success, lost, group = rollout.success, rollout.lost, np.arange(len(rollout.seeds)) // G  # (E,), this rank's
         group[lost] = -1 - np.flatnonzero(lost)  # nobody is compared with a lost episode
         episode, turn = chunks.episode.numpy(), chunks.turn.numpy()
-        optimality, keep = chunk_optimality(success, group, episode, turn, args.labels)
-        keep &= ~lost[episode]  # (M,) chunks to learn from
+        losses, keep = harness.Averages(), ~lost[episode]  # (M,) chunks to learn from
+        if predicting:  # with what it has learned from earlier iterations: of these episodes it knows no outcome
+            with torch.no_grad():
+                p = predictor(chunks.seen).sigmoid().cpu().numpy()
+            advantage = advantages(p, success, episode, turn, args.gae_lambda)
+            label = np.clip(advantage / (args.label_deviations * run.mean(advantage[keep] ** 2) ** 0.5 + 1e-8), -1, 1)
+            optimality = 0.5 + 0.5 * label
+            used, outcome = torch.from_numpy(keep).to(device), torch.from_numpy(success[episode]).float().to(device)
+            memory.append([chunks.seen[used], outcome[used]])
+            seen, outcome = map(torch.cat, zip(*memory))
+            for _ in range(args.predictor_epochs):
+                for minibatch in run.minibatches(np.ones(len(seen), bool)):
+                    optimizer.zero_grad()
+                    for row, share in minibatch:
+                        loss = F.binary_cross_entropy_with_logits(predictor(seen[row]), outcome[row])
+                        (share * loss).backward()
+                        losses.add(dict(predictor=loss.detach()), share)
+                    if run.clip_gradients(losses, predictor_grad_norm=predicting):
+                        optimizer.step()
+        else:
+            optimality, signal = chunk_optimality(success, group, episode, turn, args.labels)
+            keep &= signal
         optimality, M = torch.from_numpy(optimality).float().to(device), len(optimality)
 
         # ---------------------------------------------------------------------- update θ
         policy.train()
-        losses = harness.Averages()
-        for parameter_group in optimizer.param_groups:
-            parameter_group["lr"] = args.learning_rate * min(1.0, (iteration + 1) / max(1, args.warmup_iterations))
+        optimizer.param_groups[0]["lr"] = args.learning_rate * min(1.0, (iteration + 1) / max(1, args.warmup_iterations))
         for _ in range(args.update_epochs):
             noises = torch.randn(M, args.draws, *run.mask.shape, device=device)  # (M, n, H, A)
             if args.times == "flow":

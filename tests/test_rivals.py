@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import copy
+import inspect
 import json
 import math
 import re
@@ -465,6 +466,25 @@ def test_nft_draws_the_times_it_is_told_to(times, checkpoints, draw_lots, tmp_pa
         start(tmp_path / "run", "nft", "--checkpoint", checkpoints["state"], "--iterations", 1, "--times", times)
     on_grid = [t in (0.25, 0.5, 0.75, 1.0) for t in torch.cat([t.flatten() for _, t in calls]).tolist()]
     assert all(on_grid) if times == "solver" else not any(on_grid)
+
+
+def test_nfts_predictor_is_stepnfts():
+    for name in ("SuccessPredictor", "advantages"):  # whose facts test_stepnft.py holds
+        assert inspect.getsource(getattr(nft, name)) == inspect.getsource(getattr(stepnft_pi0, name))
+
+
+def test_nft_with_predicted_labels_learns_from_every_chunk_by_what_the_predictor_did_not_expect(
+    checkpoints, draw_lots, tmp_path  # noqa: F811
+):
+    options = "--labels predicted --group-size 1 --gae-lambda 1 --noise-level 0.7 --iterations 2".split()
+    folder = start(tmp_path / "run", "nft", "--checkpoint", checkpoints["state"], *options)
+    logged = scalars(folder)
+    # At first it expects one half of everything: labels of ±½, a deviation of the change being ½. Three of four have succeeded.
+    assert logged["charts/optimality_mean"][1] == pytest.approx(0.75 * 0.75 + 0.25 * 0.25)
+    assert logged["charts/signal"] == {1: 1, 2: 1}
+    first, second = logged["losses/predictor"].values()
+    assert second < first < math.log(2) + 1e-3
+    assert logged["charts/optimality_mean"][2] < logged["charts/optimality_mean"][1]  # it expects more successes than failures
 
 
 @pytest.mark.parametrize("replay", [1, 2])
