@@ -11,6 +11,7 @@ from pi_stepnft.envs import demos, vulkan
 from pi_stepnft.envs.base import EnvError
 from pi_stepnft.envs.maniskill import Camera, ManiSkillSpec, randomised, tasks, variants
 from pi_stepnft.envs.maniskill import env as maniskill
+from pi_stepnft.envs.maniskill.changes import Change
 from pi_stepnft.envs.maniskill.cuda import CudaVecEnv
 
 try:
@@ -66,7 +67,7 @@ def test_every_task_has_variants_of_every_family_at_two_strengths(env_id):
     assert len(set(ids)) == len(ids) and all(i.startswith(f"{env_id}/") for i in ids)
     for mild, strong in zip(ids[::2], ids[1::2], strict=True):
         assert mild[:-1] == strong[:-1] and mild[-1] + strong[-1] == "12"
-        assert variants.Change() != variants.find(mild) != variants.find(strong) != variants.Change()
+        assert Change() != variants.find(mild) != variants.find(strong) != Change()
     for i in ids:
         envs.check(i)
         assert i in gym.registry
@@ -74,7 +75,7 @@ def test_every_task_has_variants_of_every_family_at_two_strengths(env_id):
 
 
 def test_plain_tasks_have_no_change_and_others_no_variants():
-    assert variants.find(PICK) == variants.Change() and variants.task_of(PICK) == PICK
+    assert variants.find(PICK) == Change() and variants.task_of(PICK) == PICK
     assert variants.variants("RollBall-v1") == []
 
 
@@ -204,7 +205,7 @@ def test_distractors_stand_clear_and_are_not_in_the_state(env):
 @pytest.mark.parametrize("task", variants.TASKS)
 def test_randomised_scenes_leave_out_what_is_evaluated(task):
     evaluated = [variants.find(variant) for variant in variants.variants(task)]
-    drawn = [randomised.scene(task, number) for number in range(300)]
+    drawn = [variants.find(f"{task}/random-{number}") for number in range(300)]
     for change in evaluated:
         assert not any(randomised.near(scene, change) for scene in drawn)
         shown = change.tablecloth or change.lights or any(change.camera) or change.image_noise
@@ -213,8 +214,8 @@ def test_randomised_scenes_leave_out_what_is_evaluated(task):
         assert not any(set(scene.colors.values()) & set(change.colors.values()) for scene in drawn)
         assert not any(scene.distractors and scene.distractors == change.distractors for scene in drawn)
     for name in ("tablecloth", "lights", "camera", "image_noise", "distractors"):  # each is drawn, and at times left as it is
-        assert 20 < sum(getattr(scene, name) != getattr(variants.Change(), name) for scene in drawn) < 290
-    assert randomised.scene(task, 7) == drawn[7] != drawn[8]
+        assert 20 < sum(getattr(scene, name) != getattr(Change(), name) for scene in drawn) < 290
+    assert variants.find(f"{task}/random-7") == drawn[7] != drawn[8]
     if task == "PickCube-v1":
         assert len({scene.instruction for scene in drawn}) == len(randomised.COLORS)
 
@@ -224,7 +225,7 @@ def test_a_randomised_scene_looks_different_and_has_the_task_s_states(env):
     pictures = [start(env(f"random-{number}", "rgb"), 5) for number in (0, 1)]
     assert all(np.abs(picture - image).mean() > 10 and np.array_equal(other, state) for picture, other in pictures)
     assert np.abs(pictures[0][0] - pictures[1][0]).mean() > 10
-    assert env("random-0", "rgb").instruction == randomised.scene(PICK, 0).instruction
+    assert env("random-0", "rgb").instruction == variants.find(f"{PICK}/random-0").instruction
 
 
 def test_demonstrations_are_spread_over_scenes(tmp_path):
@@ -233,7 +234,7 @@ def test_demonstrations_are_spread_over_scenes(tmp_path):
     data = demos.collect(tmp_path / "demos.h5", venv, 5, scenes=scenes, progress=False)
     venv.close()
     first = [data.text(data.start[[i]])[0] for i in range(5)]
-    told = [randomised.scene(PICK, number).instruction for number in range(3)]
+    told = [variants.find(scene).instruction for scene in scenes]
     assert first == [told[0], told[0], told[1], told[1], told[2]] and len(set(told)) > 1
 
 

@@ -1,17 +1,17 @@
 """Randomised scenes to pre-train on: "PickCube-v1/random-17" is scene 17 of a task, looks and distractors drawn from its number.
 
 Table, lights, camera, noise of the pictures, colours of the objects (which the sentence names) and what stands around are drawn;
-sizes, shapes, starts and goals stay the task's. What the variants of `VISION` show is left out, with a margin: `near` tells.
+sizes, shapes, starts and goals stay the task's. What the evaluated variants show is left out, with a margin: `near` tells.
 """
 
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from pi_stepnft.envs.maniskill.variants import RGB, TASKS, VISION, Change, Lights, Thing
+from pi_stepnft.envs.maniskill.changes import RGB, Change, Lights, Thing
 
 COLORS: dict[str, RGB] = {
     "red": (1.0, 0.0, 0.0), "orange": (1.0, 0.25, 0.0), "yellow": (0.9, 0.7, 0.0), "green": (0.0, 0.6, 0.05),
@@ -52,10 +52,9 @@ def near(one: Change, other: Change) -> bool:
     )
 
 
-def scene(task: str, number: int) -> Change:
-    """Scene `number` of a task, always the same."""
+def scene(task: str, number: int, evaluated: Sequence[Change]) -> Change:
+    """Scene `number` of a task, always the same. evaluated: what its variants change, which is left out."""
     rng = np.random.default_rng(number)
-    evaluated = [change for pair in VISION.values() for change in pair]
 
     def unlike(draw: Callable[[], Change]) -> Change:
         """The first drawn change that is near no evaluated one."""
@@ -79,7 +78,7 @@ def scene(task: str, number: int) -> Change:
     ]
     looks = [unlike(draw) if rng.random() < share else Change() for share, draw in parts]
     sentence, bodies = NAMED[task]
-    shown = [color for pair in TASKS[task].changes.values() for change in pair for color in change.colors.values()]
+    shown = [color for change in evaluated for color in change.colors.values()]
     names = list(rng.permutation([name for name, color in COLORS.items() if color not in shown]))
     own, others = names[: len(bodies)], names[len(bodies) :]  # nothing else has the colour that the sentence names
     things = tuple(

@@ -17,16 +17,14 @@ import numpy as np
 from gymnasium.envs.registration import WrapperSpec
 
 from pi_stepnft.envs.maniskill import tasks
+from pi_stepnft.envs.maniskill.changes import RGB, Change, Thing
 from pi_stepnft.envs.maniskill.variants import (
     DISTRACTOR_GAP,
     DISTRACTOR_REGION,
     JUMP_STEP,
     PIVOT,
-    RGB,
     TASKS,
-    Change,
     Task,
-    Thing,
     find,
     task_of,
     variants,
