@@ -1,4 +1,4 @@
-# Docs: docs/nft.md. RL without critic or likelihood: python algos/nft.py --env-id PickCube-v1 (π0.5: --policy pi05)
+# Docs: docs/nft.md. RL without a likelihood: python algos/nft.py --env-id PickCube-v1 (π0.5: --policy pi05)
 """DiffusionNFT (arXiv 2509.16117v2) for π0 and π0.5: ODE rollouts, flow matching at fresh noise on the executed chunks, by an
 implicit positive and an implicit negative policy weighted by success, a slowly moving rollout policy. Past the paper, if asked for:
 noise on solver steps, and labels of a success predictor, which do not tell from what state a chunk was executed."""

@@ -119,11 +119,15 @@ def demonstrate(env: Environment, seed: int, noise: float, observe: bool = True)
     return {name: np.stack(values) for name, values in rows.items()} | told if env.success else None
 
 
-def demonstrate_in(env: Environment, env_id: str, seeds: Sequence[int], noise: float) -> list[dict | None]:
-    """Episodes of `demonstrate` in another scene of env's task, which is made for them."""
-    scene = type(env)(replace(env.spec, env_id=env_id))
+def demonstrate_in(env: Environment, env_id: str, seeds: Sequence[int], count: int, noise: float) -> list[dict | None]:
+    """Episodes of `demonstrate` in another scene of env's task, which is made for them, until `count` have succeeded."""
+    scene, made = type(env)(replace(env.spec, env_id=env_id)), []
     try:
-        return [demonstrate(scene, seed, noise) for seed in seeds]
+        for seed in seeds:
+            made.append(demonstrate(scene, seed, noise))
+            if len(made) - made.count(None) == count:
+                break
+        return made
     finally:
         scene.close()
 
@@ -152,9 +156,11 @@ def collect(
             )
             while done < count:
                 seeds = range(first_seed + tried, first_seed + tried + count - done)
-                if scenes:
-                    shares = [(scene, seeds[i :: len(scenes)]) for i, scene in enumerate(scenes)]
-                    jobs = [dict(env_id=scene, seeds=share, noise=noise) for scene, share in shares if share]
+                if scenes:  # each tries again by itself, so that its episodes stay together: whole scenes can be held out
+                    jobs, last = [], first_seed + 2 * max(count, 10 * len(scenes))
+                    for i, scene in enumerate(scenes[:count]):
+                        share = len(seeds[i :: len(scenes)])
+                        jobs.append(dict(env_id=scene, seeds=range(first_seed + i, last, len(scenes)), count=share, noise=noise))
                     made = itertools.chain.from_iterable(venv.call(demonstrate_in, jobs))
                 else:
                     made = venv.call(demonstrate, [dict(seed=seed, noise=noise) for seed in seeds])
@@ -168,7 +174,7 @@ def collect(
                         group.create_dataset(name, data=episode[name], compression="lzf" if name == "image" else None)
                     done += 1
                     bar.update()
-                if tried >= 2 * max(count, 10) and done < count:
+                if done < count and (scenes or tried >= 2 * max(count, 10)):
                     raise EnvError(f"the expert for {spec.env_id} solved only {done} of {tried} episodes")
         os.replace(temporary, path)
     finally:

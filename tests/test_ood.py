@@ -199,7 +199,7 @@ def test_distractors_stand_clear_and_are_not_in_the_state(env):
     assert crowd.object_positions().shape == env().object_positions().shape == (1, 3)
 
 
-# -------------------------------------------------------------------------------------------------------------------- execution
+# ----------------------------------------------------------------------------------------------------------- randomised scenes
 
 
 @pytest.mark.parametrize("task", variants.TASKS)
@@ -228,6 +228,14 @@ def test_a_randomised_scene_looks_different_and_has_the_task_s_states(env):
     assert env("random-0", "rgb").instruction == variants.find(f"{PICK}/random-0").instruction
 
 
+def test_a_scene_s_demonstrations_stay_together_where_some_fail(monkeypatch):
+    """So that those who hold out the last ones hold out scenes."""
+    monkeypatch.setattr(demos, "demonstrate", lambda env, seed, noise: None if seed in (1, 3) else seed)
+    env = maniskill.ManiSkillEnv(ManiSkillSpec(PICK, obs_mode="state"))
+    assert demos.demonstrate_in(env, f"{PICK}/random-0", range(20), count=3, noise=0.0) == [0, None, 2, None, 4]
+    env.close()
+
+
 def test_demonstrations_are_spread_over_scenes(tmp_path):
     scenes = [f"{PICK}/random-{number}" for number in range(3)]
     venv = envs.make(PICK, 1, obs_mode="rgb", image_size=48)
@@ -236,6 +244,9 @@ def test_demonstrations_are_spread_over_scenes(tmp_path):
     first = [data.text(data.start[[i]])[0] for i in range(5)]
     told = [variants.find(scene).instruction for scene in scenes]
     assert first == [told[0], told[0], told[1], told[1], told[2]] and len(set(told)) > 1
+
+
+# -------------------------------------------------------------------------------------------------------------------- execution
 
 
 def test_spawn_range(env):
