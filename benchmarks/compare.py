@@ -1,6 +1,7 @@
 """Algorithms side by side: runs what is missing, then writes tables, pictures and commands into docs/.
 
     python benchmarks/compare.py --algos stepnft ppo stepnft-pi05 --tasks PickCube-v1 --obs-mode state --seeds 1 2 3
+    python benchmarks/compare.py --algos stepnft ppo grpo nft rft critic --iterations 60 --seeds 1 2 3
     python benchmarks/compare.py --ablations loss-wmse target-x0 --seeds 1 2 3     # or all of them: --ablations
     python benchmarks/compare.py --tuning --algos ppo grpo --seeds 1              # the TRIALS of each, on tuning episodes
     python benchmarks/compare.py --algos stepnft ppo --ood 100                     # and each policy out of distribution
@@ -118,6 +119,8 @@ class Args:
     """run these of StepNFT's ABLATIONS (listed in this file), which are shorter than its runs; without a name: all of them"""
     tuning: bool = False
     """run the TRIALS (listed in this file) of each algorithm, which are short and on the tuning episodes"""
+    iterations: harness.CountOrZero = 0
+    """run so many iterations, however long they take, of what is then called stepnft-60, ppo-60 …; 0: the plain commands"""
     extra: str = ""
     """further arguments for every run, in one string, e.g. --extra="--max-minutes 10" """
     ood: harness.CountOrZero = 0
@@ -180,12 +183,6 @@ def program(algorithm: str) -> str:
     return f"algos/{name}.py" + (" --policy pi05" if policy == "pi05" else "")
 
 
-def renamed(command: str) -> str:
-    """A command as it would be given today: each rival had a file for each policy once."""
-    command = re.sub(r"algos/(ppo|grpo|nft|rft)_pi05\.py", r"algos/\1.py --policy pi05", command)
-    return re.sub(r"algos/(ppo|grpo|nft|rft)_pi0\.py", r"algos/\1.py", command)
-
-
 def slug(text: str) -> str:
     """Words of a command as part of a file's name: "ppo --noise-level 1.0" → "ppo-noise-level-1.0"."""
     return re.sub(r"[^a-z0-9.]+", "-", text)
@@ -212,7 +209,9 @@ def plan(args: Args) -> list[Job]:
             for algorithm, extra in filter(None, trials)
         }
     else:
-        entries = {algorithm: (algorithm, "", "") for algorithm in algos}
+        n = args.iterations
+        plain = f"--iterations {n} --max-minutes 0" if n else ""
+        entries = {f"{algorithm}-{n}" if n else algorithm: (algorithm, plain, "") for algorithm in algos}
         entries |= {label: ("stepnft", f"{ABLATIONS[label]} {SHORT}", "ablations") for label in ablations}
     return [
         Job(label, algorithm, env_id, args.obs_mode, seed, f"{extra} {args.extra}", folder)
@@ -250,7 +249,7 @@ def resume_arguments(job: Job, state: dict) -> list[str]:
 
 def status(job: Job) -> str:
     if job.target.exists():
-        command = renamed(read(job.target)["command"])
+        command = read(job.target)["command"]
         return "done" if command == job.command else f"done, by another command ({command})"
     state = interrupted(job)
     return f"interrupted ({state['run']})" if state else "missing"
@@ -546,7 +545,7 @@ def report() -> None:
         everything = here + ablated + tried
         for note in dict.fromkeys(r["note"] for r in everything if "note" in r):  # added to the files of these runs by hand
             parts.append(", ".join(f"{r['label']} {r['seed']}" for r in everything if r.get("note") == note) + f": {note}.")
-        parts += ["Commands:", "\n".join(["```", *(renamed(r["command"]) for r in everything), "```"])]
+        parts += ["Commands:", "\n".join(["```", *(r["command"] for r in everything), "```"])]
     text = "\n\n".join(parts or ["No result yet."])
     page = ROOT / PAGE
     page.write_text(pages.fill(page.read_text(), {"every run": lambda _: text}, ROOT))

@@ -19,8 +19,6 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results: {} -->", "<!-- end of results -->"
 MARKED = re.compile(BEGIN.format("(.+?)") + r".*?" + END, re.DOTALL)
-ASIDE = ("rft-replay-1", "stepnft-pi05-120", "stepnft-pi05-200", "stepnft-pi05-groups")
-"""Labels of runs under settings that were given up: not in the overview."""
 
 
 class PageError(Exception):
@@ -138,7 +136,7 @@ class Runs:
 def overview(results: Path) -> str:
     """A row per task, mode and label."""
     group = lambda r: (r["env_id"], r["obs_mode"], r["label"])
-    runs = sorted((r for r in load(results) if r["label"] not in ASIDE), key=group)
+    runs = sorted(load(results), key=group)
     rows = []
     for (env_id, mode, label), members in groupby(runs, group):
         some = list(members)
@@ -215,20 +213,20 @@ TABLES: dict[str, Callable[[Path], str]] = {
         ("PickCube-v1, state, 40 iterations", "π0.5", "stepnft-pi05-PickCube-v1-state-*.json"),
     ], ("seeds", *HEADLINE)),
     "ppo": Runs(("task",), [
-        ("PickCube-v1, state", "ppo-PickCube-v1-state-*.json"),
-        ("StackCube-v1, state, 80 iterations", "ppo-StackCube-v1-state-*.json"),
-        ("PickCube-v1, rgb, all 120 iterations", "ppo-120-PickCube-v1-rgb-*.json"),
+        ("PickCube-v1, state", "0.1/ppo-PickCube-v1-state-*.json"),
+        ("StackCube-v1, state, 80 iterations", "0.1/ppo-StackCube-v1-state-*.json"),
+        ("PickCube-v1, rgb, all 120 iterations", "0.1/ppo-120-PickCube-v1-rgb-*.json"),
     ]),
-    "grpo": Runs(("task",), [("PickCube-v1, state", "grpo-PickCube-v1-state-*.json")]),
-    "nft": Runs(("task",), [("PickCube-v1, state", "nft-PickCube-v1-state-*.json")], (*HEADLINE, "after θ_old, %")),
+    "grpo": Runs(("task",), [("PickCube-v1, state", "0.1/grpo-PickCube-v1-state-*.json")]),
+    "nft": Runs(("task",), [("PickCube-v1, state", "0.1/nft-PickCube-v1-state-*.json")], (*HEADLINE, "after θ_old, %")),
     "rft": Runs(("task",), [
-        ("PickCube-v1, state", "rft-PickCube-v1-state-*.json"),
-        ("PickCube-v1, state, `--replay 1`, one seed", "rft-replay-1-PickCube-v1-state-*.json"),
+        ("PickCube-v1, state", "0.1/rft-PickCube-v1-state-*.json"),
+        ("PickCube-v1, state, `--replay 1`, one seed", "0.1/rft-replay-1-PickCube-v1-state-*.json"),
     ]),
     "shipped": Runs(("policy",), [
         ("`pi0-tiny-pickcube-rgb`", "stepnft-PickCube-v1-rgb-*.json"),
         ("`pi0-tiny-pickcube-state`", "stepnft-PickCube-v1-state-*.json"),
-        ("`pi0-tiny-stackcube-state`", "stepnft-groups-StackCube-v1-state-*.json"),
+        ("`pi0-tiny-stackcube-state`", "0.1/stepnft-groups-StackCube-v1-state-*.json"),
         ("`pi05-tiny-pickcube-rgb`", "stepnft-pi05-PickCube-v1-rgb-*.json"),
         ("`pi05-tiny-pickcube-state`", "stepnft-pi05-PickCube-v1-state-*.json"),
     ], ("success, %",)),

@@ -21,7 +21,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import compare  # noqa: E402
-import pages  # noqa: E402
 
 from pi_stepnft import harness  # noqa: E402
 from pi_stepnft.algos import stepnft_pi0  # noqa: E402
@@ -134,12 +133,16 @@ def test_everything_runs_with_the_first_seed_before_the_second(root):
     assert jobs[2].command == ablation and [job.target.parent.name for job in jobs[:3]] == ["results", "results", "ablations"]
 
 
+def test_runs_of_so_many_iterations_are_named_by_them(root):
+    (job,) = compare.plan(compare.Args(["fake"], iterations=60, extra="--wait"))
+    assert job.name == "fake-60-PickCube-v1-state-1" and job.command.endswith("--seed 1 --iterations 60 --max-minutes 0 --wait")
+
+
 def test_names_fit_the_results_that_are_there(monkeypatch):
     monkeypatch.setattr(compare, "ROOT", ROOT)
-    for name in ("grpo", "ppo", "ppo_pi0"):  # whose files had other names when they ran
-        (job,) = compare.plan(compare.Args([name], extra="--no-video"))
+    for name in ("stepnft", "ppo", "ppo_pi0"):  # as in --algos, or as its file was once called
+        (job,) = compare.plan(compare.Args([name], iterations=60, extra="--no-video"))
         assert compare.status(job) == "done"
-    assert compare.renamed("python algos/nft_pi05.py --seed 1") == "python algos/nft.py --policy pi05 --seed 1"
 
 
 def test_tuning_gives_every_algorithm_its_trials_on_other_episodes(root, monkeypatch):
@@ -371,20 +374,14 @@ def test_report_separates_algorithms_ablations_and_trials(root):
     for seed, after in ((1, 0.6), (2, 0.7)):
         wmse = result([0.5, after], seed=seed, command=f"python algos/stepnft_pi0.py --seed {seed} --loss wmse")
         store(root, "stepnft-loss-wmse", wmse, folder="ablations")
-    store(root, "ppo-lr", result([0.5, 0.4], command="python algos/ppo_pi0.py --learning-rate 1"), folder="tuning")
+    store(root, "ppo-lr", result([0.5, 0.4], command="python algos/ppo.py --learning-rate 1"), folder="tuning")
     (root / "benchmarks" / "results" / "other.json").write_text('{"median": 1}')
-    store(root, pages.ASIDE[0], result([0.5, 0.1], env_id="Other-v1"))
     compare.report()
     text = (root / OVERVIEW).read_text()
     assert [cells(row)[:3] for row in text.splitlines() if row.startswith("| Task")] == [
         ["Task-v1, state", "ppo", "1"], ["Task-v1, state", "stepnft", "2"],
     ]
-    assert "| stepnft | 2 | 50.0 | 85.0 (80.0–90.0) | – |" in text and pages.ASIDE[0] not in text
-    assert pages.ASIDE[0] in (root / compare.PAGE).read_text()
-    (root / "benchmarks" / "results" / f"{pages.ASIDE[0]}-Other-v1-state-1.json").unlink()
-    for picture in (root / "docs" / "images").glob("*Other*"):
-        picture.unlink()
-    compare.report()
+    assert "| stepnft | 2 | 50.0 | 85.0 (80.0–90.0) | – |" in text
     text = (root / compare.PAGE).read_text()
     assert text.startswith("before\n\n<!-- ") and text.endswith(" -->\n\nafter\n") and "old" not in text
     first, ablations, tuning = text.replace("Tuning trials", "Ablations").split("Ablations, ")

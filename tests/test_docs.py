@@ -65,7 +65,7 @@ def test_a_link_that_leads_nowhere_is_found(tmp_path):
 
 
 def test_the_site_shows_every_page_and_leads_from_installing_to_a_task_of_ones_own():
-    listed = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text())) - {"index.md", "CHANGELOG.md", "CONTRIBUTING.md"}
+    listed = set(re.findall(r"[\w/.-]+\.md", (ROOT / "mkdocs.yml").read_text())) - {"index.md", "CHANGELOG.md", "CONTRIBUTING.md"}
     assert listed == {str(path.relative_to(ROOT / "docs")) for path in [*USER[1:], *NOTEBOOK]}
     way = ["README.md", "docs/install.md", "docs/train.md", "docs/compare.md", "docs/environments.md"]
     for here, following in zip(way, way[1:]):
