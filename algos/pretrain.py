@@ -39,7 +39,7 @@ class Args(harness.RunArgs):
     """checkpoint folder to write at the end, beside runs/<run name>/policy, which is there all the time"""
 
     # rgb: scenes
-    episodes: Count = 1400
+    episodes: Count = 2000
     """rgb: episodes of the task's scripted expert that are rendered (about 25 pictures each); the last 5 % are held out"""
     scenes: CountOrZero = 0
     """rgb: randomised scenes (tables, lights, cameras, colours, things around) over which episodes are spread; 0: the plain task"""
@@ -53,8 +53,8 @@ class Args(harness.RunArgs):
     """side of a vision patch, px"""
 
     # training
-    steps: Count | None = None
-    """optimizer steps; default: 3.5 passes over the scenes for π0, 3000 for π0.5, whose numbers are ever new"""
+    steps: Count = 3000
+    """optimizer steps"""
     batch_size: Batch = 96
     """pictures and prompts per step"""
     learning_rate: Positive = 1e-3
@@ -144,15 +144,14 @@ def main(args: Args) -> None:
             found["held_out_mm"] = 1000 * distance.median().item()
         return found
 
-    steps = args.steps or (3000 if reads else max(1, int(3.5 * held_out / args.batch_size)))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, weight_decay=1e-4)
-    warmup = max(1, steps // 20)
+    warmup = max(1, args.steps // 20)
     policy.meta = dict(env_id=args.env_id, obs_mode=args.obs_mode)
-    run.begin(dict(policy=policy), optimizer, total=steps, **(dict(episodes=len(data.start)) if rgb else {}))
+    run.begin(dict(policy=policy), optimizer, total=args.steps, **(dict(episodes=len(data.start)) if rgb else {}))
     policy.train()
     for step in run.iterations():
         for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate * min((step + 1) / warmup, 0.5 * (1 + np.cos(np.pi * min(1, step / steps))))
+            group["lr"] = args.learning_rate * min((step + 1) / warmup, 0.5 * (1 + np.cos(np.pi * min(1, step / args.steps))))
         told, truth = tell(torch.randint(held_out, (args.batch_size,)))
         loss = (told - truth).square().mean()
         optimizer.zero_grad()
@@ -161,13 +160,13 @@ def main(args: Args) -> None:
         losses.add({"mse": loss.detach()})
         if run.clip_gradients(losses, grad_norm=policy.parameters()):
             optimizer.step()
-        if (step + 1) % 200 == 0 and step + 1 < steps:
+        if (step + 1) % 200 == 0 and step + 1 < args.steps:
             losses.add(report())
         run.log(losses)
         run.save_when_due()
 
     found = report()
-    print(f"{steps} steps, {run.trained_s / 60:.1f} min: held-out errors (median) {found}")
+    print(f"{args.steps} steps, {run.trained_s / 60:.1f} min: held-out errors (median) {found}")
     run.finish(**found)
     policies.save(policy, args.output)
     print(f"checkpoint {args.output}")

@@ -2,7 +2,8 @@
 
 Of each checkpoint that ships for the task: success by how far the cube is turned from the gripper (0° to 45°; a cube looks the same
 every 90°), and how much the policy turns its hand with it. Of those that see pictures: what a ridge regression reads of the cube's
-place and of its turn in the keys and values of the prefix, which the expert sees, on the first pictures of episodes. Writes
+place and of its turn in the keys and values of the prefix, which the expert sees, on the first pictures of episodes. Of those that
+are given states: success if these hide the turn, or say that the cube is some millimetres from where it is. Writes
 benchmarks/results/exploration/cube_yaw.json.
 """
 
@@ -25,12 +26,14 @@ from scipy.spatial.transform import Rotation
 
 from pi_stepnft import envs, policies
 from pi_stepnft.envs import TUNING_SEED
-from pi_stepnft.harness.evaluation import by_ode, evaluate
+from pi_stepnft.harness.evaluation import Act, by_ode, evaluate
 from pi_stepnft.harness.run import commit
 from pi_stepnft.harness.statistics import wilson
 
 TASK = "PickCube-v1"
 CUBE = slice(29, 36)  # of the states of state mode: position in m, quaternion with w first
+FROM_HAND, TO_GOAL = slice(36, 39), slice(39, 42)  # from the hand to the cube, and from the cube to the goal
+MISLED = (0, False), (0, True), (2, False), (4, False), (6, False)  # mm that a state is wrong by; whether it hides the turn
 BINS = 0, 9, 18, 27, 36, 45  # degrees
 OUT = Path(__file__).parent / "results" / "exploration" / "cube_yaw.json"
 
@@ -81,6 +84,32 @@ def read(x: torch.Tensor, y: np.ndarray) -> np.ndarray:
     return min(errors, key=lambda error: float(error.square().mean())).numpy()
 
 
+def misled(act: Act, mm: float, hidden: bool) -> Act:
+    """`act` on states that have the cube elsewhere, by mm in x and in y (a standard deviation; an episode keeps its draw), and, if
+    hidden, not turned."""
+
+    def on_changed(obs: dict[str, np.ndarray], instructions: list[str], turns: np.ndarray) -> np.ndarray:
+        state = obs["state"].copy()
+        error = np.stack([np.random.default_rng(seed).standard_normal(2) for seed in turns[:, 0]]) * mm / 1000
+        for place, sign in ((CUBE.start, 1), (FROM_HAND.start, 1), (TO_GOAL.start, -1)):
+            state[:, place : place + 2] += (sign * error).astype(state.dtype)
+        if hidden:
+            state[:, CUBE.start + 3 : CUBE.stop] = 1, 0, 0, 0
+        return act(obs | {"state": state}, instructions, turns)
+
+    return on_changed
+
+
+def by_turn(turn: np.ndarray, success: np.ndarray) -> list[dict]:
+    """Success of the episodes of each of the BINS."""
+    rows = []
+    for low, high in zip(BINS, BINS[1:]):
+        inside = (abs(turn) >= low) & (abs(turn) <= high)
+        rows.append(dict(degrees=[low, high], episodes=int(inside.sum()), success=float(success[inside].mean()),
+                         interval=wilson(success[inside].sum(), inside.sum())))
+    return rows
+
+
 def main(args: Args) -> None:
     results = dict(command=" ".join(["python benchmarks/cube_yaw.py", *sys.argv[1:]]), commit=commit(), policies={})
     seeds = TUNING_SEED + np.arange(args.episodes)
@@ -90,18 +119,19 @@ def main(args: Args) -> None:
     for name in args.checkpoints:
         policy = policies.load(name)
         mode, execute = policy.meta["obs_mode"], policy.meta.get("execute", policy.config.horizon)
-        venv = envs.make(TASK, 64, obs_mode=mode, chunk=execute, image_size=policy.config.image_size)
-        outcome = evaluate(venv, by_ode(policy, policy.config.num_steps), args.episodes, execute=execute, seed=TUNING_SEED,
-                           progress=name)
-        venv.close()
-        rows = []
-        for low, high in zip(BINS, BINS[1:]):
-            inside = (abs(turn) >= low) & (abs(turn) <= high)
-            rows.append(dict(degrees=[low, high], episodes=int(inside.sum()), success=float(outcome.success[inside].mean()),
-                             interval=wilson(outcome.success[inside].sum(), inside.sum())))
+        act, cases, outcomes = by_ode(policy, policy.config.num_steps), MISLED if mode == "state" else MISLED[:1], []
+        for mm, hidden in cases:
+            venv = envs.make(TASK, 64, obs_mode=mode, chunk=execute, image_size=policy.config.image_size)
+            shown = misled(act, mm, hidden) if mode == "state" else act
+            outcomes.append(evaluate(venv, shown, args.episodes, execute=execute, seed=TUNING_SEED, progress=name))
+            venv.close()
+        outcome = outcomes[0]
         turned = outcome.actions[:, :, 5].sum(1)  # in parts of the controller's largest turn, about the vertical
         follows = float(np.corrcoef(turned, turn)[0, 1])
-        results["policies"][name] = one = dict(outcome.outcome, by_turn=rows, turns_with_the_cube=follows)
+        results["policies"][name] = one = dict(outcome.outcome, by_turn=by_turn(turn, outcome.success), turns_with_the_cube=follows)
+        if mode == "state":
+            one["misled"] = [dict(each.outcome, mm=mm, turn_hidden=hidden, by_turn=by_turn(turn, each.success))
+                             for (mm, hidden), each in zip(cases, outcomes)][1:]
         if mode == "rgb" and not name.endswith("-stepnft"):  # the VLM stays as it is in training
             seen, angle = features(policy, pictured), np.radians(4 * turns)
             round_ = np.stack([np.cos(angle), np.sin(angle)], 1)
