@@ -203,20 +203,24 @@ def paper_maniskill(results: Path) -> str:
 TABLES: dict[str, Callable[[Path], str]] = {
     "headline": Runs(("command",), [
         ("`make run`", "stepnft-PickCube-v1-rgb-*.json"),
+        ('`make run ARGS="--max-minutes 0"`', "stepnft-120-PickCube-v1-rgb-*.json"),
         ('`make run ARGS="--obs-mode state"`', "stepnft-PickCube-v1-state-*.json"),
         ("`python algos/stepnft_pi05.py --env-id PickCube-v1`", "stepnft-pi05-PickCube-v1-rgb-*.json"),
     ], ("seeds", *HEADLINE)),
     "stepnft": Runs(("task", "policy"), [
         ("PickCube-v1, rgb", "π0", "stepnft-PickCube-v1-rgb-*.json"),
+        ("PickCube-v1, rgb, all 120 iterations", "π0", "stepnft-120-PickCube-v1-rgb-*.json"),
         ("PickCube-v1, state", "π0", "stepnft-PickCube-v1-state-*.json"),
+        ("PickCube-v1, state, 60 iterations", "π0", "stepnft-60-PickCube-v1-state-*.json"),
         ("PickCube-v1, rgb", "π0.5", "stepnft-pi05-PickCube-v1-rgb-*.json"),
         ("PickCube-v1, state, 40 iterations", "π0.5", "stepnft-pi05-PickCube-v1-state-*.json"),
     ], ("seeds", *HEADLINE)),
     "ppo": Runs(("task",), [
-        ("PickCube-v1, state", "0.1/ppo-PickCube-v1-state-*.json"),
-        ("StackCube-v1, state, 80 iterations", "0.1/ppo-StackCube-v1-state-*.json"),
-        ("PickCube-v1, rgb, all 120 iterations", "0.1/ppo-120-PickCube-v1-rgb-*.json"),
-    ]),
+        ("PickCube-v1, state, 60 iterations", "ppo-60-PickCube-v1-state-*.json"),
+        ("0.1.0: PickCube-v1, state", "0.1/ppo-PickCube-v1-state-*.json"),
+        ("0.1.0: StackCube-v1, state, 80 iterations", "0.1/ppo-StackCube-v1-state-*.json"),
+        ("0.1.0: PickCube-v1, rgb, all 120 iterations", "0.1/ppo-120-PickCube-v1-rgb-*.json"),
+    ], ("seeds", *HEADLINE)),
     "grpo": Runs(("task",), [("PickCube-v1, state", "0.1/grpo-PickCube-v1-state-*.json")]),
     "nft": Runs(("task",), [("PickCube-v1, state", "0.1/nft-PickCube-v1-state-*.json")], (*HEADLINE, "after θ_old, %")),
     "rft": Runs(("task",), [
