@@ -93,6 +93,9 @@ TRIALS = {
 trial of the first four had improved."""
 TUNING = f"--iterations 40 --max-minutes 0 --eval-seed {envs.TUNING_SEED}"
 
+OTHERS = {"nft-predicted": ("nft", "--labels predicted --group-size 1 --noise-level 0.7 --learning-rate 1e-4")}
+"""What --algos takes beside the names of files: an algorithm under settings that are not its defaults."""
+
 EQUAL = ("checkpoint", "iterations", "max_minutes", "num_envs", "rollout_epochs", "rollout_steps", "execute", "eval_every",
          "eval_episodes", "final_eval_episodes", "eval_seed")
 """Arguments that have to be the same for a comparison on equal terms; the report names those that are not."""
@@ -108,7 +111,8 @@ PAGE = "docs/notebook/comparison.md"
 @dataclass
 class Args:
     algos: list[str] = field(default_factory=list)
-    """algorithms to run, for π0 by their names, stepnft ppo …, for π0.5 as stepnft-pi05 ppo-pi05 …"""
+    """algorithms to run, for π0 by their names, stepnft ppo …, for π0.5 as stepnft-pi05 ppo-pi05 …; nft-predicted:
+    DiffusionNFT with predicted labels and noise"""
     tasks: list[str] = field(default_factory=lambda: ["PickCube-v1"])
     """tasks to run them on"""
     obs_mode: Literal["rgb", "state"] = "state"
@@ -197,7 +201,7 @@ def plan(args: Args) -> list[Job]:
         if label not in ABLATIONS:
             sys.exit(f"error: no ablation {label}; there are {', '.join(ABLATIONS)}")
     algos = [short(name) for name in args.algos]
-    for algorithm in algos:
+    for algorithm in (OTHERS.get(name, (name, ""))[0] for name in algos):
         if not (ROOT / (file := program(algorithm).split()[0])).is_file():
             sys.exit(f"error: no {file}")
         if args.tuning and algorithm.removesuffix("-pi05") not in TRIALS:
@@ -209,9 +213,11 @@ def plan(args: Args) -> list[Job]:
             for algorithm, extra in filter(None, trials)
         }
     else:
-        n = args.iterations
-        plain = f"--iterations {n} --max-minutes 0" if n else ""
-        entries = {f"{algorithm}-{n}" if n else algorithm: (algorithm, plain, "") for algorithm in algos}
+        length, number = (f"--iterations {args.iterations} --max-minutes 0", f"-{args.iterations}") if args.iterations else ("", "")
+        entries = {}
+        for name in algos:
+            algorithm, settings = OTHERS.get(name, (name, ""))
+            entries[name + number] = algorithm, f"{settings} {length}", ""
         entries |= {label: ("stepnft", f"{ABLATIONS[label]} {SHORT}", "ablations") for label in ablations}
     return [
         Job(label, algorithm, env_id, args.obs_mode, seed, f"{extra} {args.extra}", folder)

@@ -138,6 +138,14 @@ def test_runs_of_so_many_iterations_are_named_by_them(root):
     assert job.name == "fake-60-PickCube-v1-state-1" and job.command.endswith("--seed 1 --iterations 60 --max-minutes 0 --wait")
 
 
+def test_an_algorithm_under_other_settings_has_a_name_of_its_own(root):
+    shutil.copy(root / "algos" / "fake.py", root / "algos" / "nft.py")
+    (job,) = compare.plan(compare.Args(["nft-predicted"], iterations=60))
+    assert job.name == "nft-predicted-60-PickCube-v1-state-1"
+    settings = compare.OTHERS["nft-predicted"][1] + " --iterations 60 --max-minutes 0"
+    assert job.command == f"python algos/nft.py --env-id PickCube-v1 --obs-mode state --seed 1 {settings}"
+
+
 def test_names_fit_the_results_that_are_there(monkeypatch):
     monkeypatch.setattr(compare, "ROOT", ROOT)
     for name in ("stepnft", "ppo", "ppo_pi0"):  # as in --algos, or as its file was once called
@@ -184,7 +192,7 @@ def test_every_ablation_and_trial_is_valid_and_changes_something():
     for label, extra in compare.ABLATIONS.items():
         args = arguments(stepnft_pi0, extra)
         assert (asdict(args) == asdict(stepnft_pi0.Args())) == (label == "stepnft-default"), extra
-    for algorithm, trials in compare.TRIALS.items():
+    for algorithm, trials in [*compare.TRIALS.items(), *((algorithm, [extra]) for algorithm, extra in compare.OTHERS.values())]:
         module = importlib.import_module(f"pi_stepnft.{compare.program(algorithm)[:-3].replace('/', '.')}")
         for extra in trials:
             arguments(module, f"{extra} {compare.TUNING}")
