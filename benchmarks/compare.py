@@ -1,7 +1,7 @@
 """Algorithms side by side: runs what is missing, then writes tables, pictures and commands into docs/.
 
     python benchmarks/compare.py --algos stepnft ppo stepnft-pi05 --tasks PickCube-v1 --obs-mode state --seeds 1 2 3
-    python benchmarks/compare.py --algos stepnft ppo grpo nft rft critic --iterations 60 --seeds 1 2 3
+    python benchmarks/compare.py --algos stepnft ppo grpo nft-predicted rft critic --iterations 60 --seeds 1 2 3
     python benchmarks/compare.py --ablations loss-wmse target-x0 --seeds 1 2 3     # or all of them: --ablations
     python benchmarks/compare.py --tuning --algos ppo grpo --seeds 1              # the TRIALS of each, on tuning episodes
     python benchmarks/compare.py --algos stepnft ppo --ood 100                     # and each policy out of distribution
@@ -201,11 +201,11 @@ def plan(args: Args) -> list[Job]:
         if label not in ABLATIONS:
             sys.exit(f"error: no ablation {label}; there are {', '.join(ABLATIONS)}")
     algos = [short(name) for name in args.algos]
-    for algorithm in (OTHERS.get(name, (name, ""))[0] for name in algos):
-        if not (ROOT / (file := program(algorithm).split()[0])).is_file():
+    for name in algos:
+        if not (ROOT / (file := program(OTHERS.get(name, (name, ""))[0]).split()[0])).is_file():
             sys.exit(f"error: no {file}")
-        if args.tuning and algorithm.removesuffix("-pi05") not in TRIALS:
-            sys.exit(f"error: no TRIALS for {algorithm}; there are some for {', '.join(TRIALS)}")
+        if args.tuning and name.removesuffix("-pi05") not in TRIALS:
+            sys.exit(f"error: no TRIALS for {name}; there are some for {', '.join(TRIALS)}")
     if args.tuning:
         entries = {
             slug(f"{algorithm} {extra or 'default'}"): (algorithm, f"{extra} {TUNING}", "tuning")

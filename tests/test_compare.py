@@ -174,9 +174,11 @@ def test_tuning_gives_every_algorithm_its_trials_on_other_episodes(root, monkeyp
         (compare.Args(ablations=["loss-typo"]), "no ablation stepnft-loss-typo"),
         (compare.Args(["fake"], tuning=True, ablations=[]), "--tuning"),
         (compare.Args(["fake"], tuning=True), "no TRIALS for fake"),
+        (compare.Args(["nft-predicted"], tuning=True), "no TRIALS for nft-predicted"),
     ],
 )
 def test_unknown_names_end_in_one_line(root, args, message):
+    shutil.copy(root / "algos" / "fake.py", root / "algos" / "nft.py")
     with pytest.raises(SystemExit, match=message):
         compare.plan(args)
 
