@@ -13,6 +13,7 @@ and attributes `seed`, `steps`, and `instruction`, where it is not that of the f
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import re
@@ -121,6 +122,7 @@ def demonstrate(env: Environment, seed: int, noise: float, observe: bool = True)
 
 def demonstrate_in(env: Environment, env_id: str, seeds: Sequence[int], count: int, noise: float) -> list[dict | None]:
     """Episodes of `demonstrate` in another scene of env's task, which is made for them, until `count` have succeeded."""
+    gc.freeze()  # ManiSkill collects garbage twice for each scene, which takes longer than the episode if all that is there is searched
     scene, made = type(env)(replace(env.spec, env_id=env_id)), []
     try:
         for seed in seeds:
@@ -130,6 +132,7 @@ def demonstrate_in(env: Environment, env_id: str, seeds: Sequence[int], count: i
         return made
     finally:
         scene.close()
+        gc.unfreeze()
 
 
 def collect(
