@@ -132,6 +132,8 @@ def demonstrate_in(env: Environment, env_id: str, seeds: Sequence[int], count: i
         return made
     finally:
         scene.close()
+        del scene
+        gc.collect()  # SAPIEN's scenes are freed with the last that refers to them; a process has room for about a thousand
         gc.unfreeze()
 
 
