@@ -1,6 +1,7 @@
 """Variants on the real simulator: each changes what it says, in the strength it says, and nothing else."""
 
 import pickle
+import weakref
 
 import gymnasium as gym
 import numpy as np
@@ -233,6 +234,16 @@ def test_a_scene_s_demonstrations_stay_together_where_some_fail(monkeypatch):
     monkeypatch.setattr(demos, "demonstrate", lambda env, seed, noise: None if seed in (1, 3) else seed)
     env = maniskill.ManiSkillEnv(ManiSkillSpec(PICK, obs_mode="state"))
     assert demos.demonstrate_in(env, f"{PICK}/random-0", range(20), count=3, noise=0.0) == [0, None, 2, None, 4]
+    env.close()
+
+
+def test_a_scene_is_gone_when_its_demonstrations_are_made(monkeypatch):
+    """Of SAPIEN's scenes each takes one of a process's 1024 keys for threads, and without any left Python aborts."""
+    made = []
+    monkeypatch.setattr(demos, "demonstrate", lambda env, seed, noise: made.append(weakref.ref(env.base)))
+    env = maniskill.ManiSkillEnv(ManiSkillSpec(PICK, obs_mode="state"))
+    demos.demonstrate_in(env, f"{PICK}/random-0", [1], count=1, noise=0.0)
+    assert made[0]() is None
     env.close()
 
 
