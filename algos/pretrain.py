@@ -90,7 +90,9 @@ def main(args: Args) -> None:
             envs.simulator(args.env_id).expert(args.env_id)  # who has none is told before the simulators start
             for scene in scenes[:1]:
                 envs.simulator(scene).check(scene)
-        venv = harness.make_envs(args, num_envs=envs.num_cores() if rgb else 1, image_size=args.image_size, backend="cpu")
+        tasks = len(envs.simulator(args.env_id).select(args.env_id, ["id"], args.obs_mode))  # of a suite
+        num_envs = max(tasks, envs.num_cores() if rgb else 1)
+        venv = harness.make_envs(args, num_envs=num_envs, image_size=args.image_size, backend="cpu")
         instruction, state_dim = venv.instruction, venv.single_observation_space["state"].shape[0]
         if rgb:  # seeds of their own: few-shot demonstrations come from other episodes
             data = demos.collect(path, venv, args.episodes, noise=args.noise, first_seed=envs.TRAIN_SEEDS + 100_000_000,

@@ -121,9 +121,9 @@ def demonstrate(env: Environment, seed: int, noise: float, observe: bool = True)
 
 
 def demonstrate_in(env: Environment, env_id: str, seeds: Sequence[int], count: int, noise: float) -> list[dict | None]:
-    """Episodes of `demonstrate` in another scene of env's task, which is made for them, until `count` have succeeded."""
-    gc.freeze()  # ManiSkill collects garbage twice for each scene, which takes longer than the episode if all that is there is searched
-    scene, made = type(env)(replace(env.spec, env_id=env_id)), []
+    """Episodes of `demonstrate` in a scene or task of its own, which is made for them, until `count` have succeeded."""
+    gc.freeze()  # ManiSkill collects garbage twice for each scene, which takes longer than the episode if all there is is searched
+    scene, made = replace(env.spec, env_id=env_id).create(0, 1), []
     try:
         for seed in seeds:
             made.append(demonstrate(scene, seed, noise))
@@ -144,11 +144,13 @@ def collect(
     """Write `count` successful episodes of the task's expert to `path` and read them back.
 
     venv: an `envs.pool.ChunkVecEnv`, whose workers run the experts. scenes: ids of variants of its task, over which the episodes
-    are spread evenly; none: the task itself. The file appears when it is complete, never half-written.
+    are spread evenly; none: the task itself, or a suite's tasks. The file appears when it is complete, never half-written.
     Raises EnvError if there is no expert for the task, or it fails more than half the time.
     """
     spec = venv.spec
     simulator(spec.env_id).expert(spec.env_id)
+    if not scenes and len(tasks := list(simulator(spec.env_id).select(spec.env_id, ["id"], spec.obs_mode))) > 1:
+        scenes = tasks
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".part")

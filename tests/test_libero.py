@@ -145,6 +145,76 @@ def test_state_mode_tells_where_the_objects_are():
     assert abs(states[0, 8:10] - states[1, 8:10]).max() > 0.01  # the object starts elsewhere
 
 
+@pytest.fixture(scope="module")
+def mixed() -> LiberoEnv:
+    return LiberoSpec("libero_object/3", obs_mode="state", things="suite", mixed=True).create(0, 1)
+
+
+def places(env: LiberoEnv) -> dict[str, np.ndarray]:
+    """Where each thing lies (2,) m, without the basket."""
+    things = zip(env.base.objects_dict, env.object_positions()[:, :2])
+    return {name.rsplit("_", 1)[0].replace("_", " "): place for name, place in things if name != "basket_1"}
+
+
+def named(env: LiberoEnv) -> str:
+    return env.instruction.removeprefix("pick the ").removesuffix(" and place it in the basket")
+
+
+def test_the_state_of_a_suite_has_a_place_for_each_thing_of_its_tasks(mixed):
+    known = tasks.things("libero_object")
+    assert len(known) == 11 and known == sorted(known) and mixed.state_dim == 8 + 12 * 11
+    mixed.reset(5)
+    state = np.zeros(mixed.state_dim, np.float32)
+    mixed.observe(np.zeros((0, SIZE, SIZE, 3), np.uint8), state)
+    there = dict(zip(mixed.base.objects_dict, mixed.object_positions()))
+    assert len(there) == 7
+    for name, row in zip(known, state[8:].reshape(-1, 12)):
+        np.testing.assert_allclose(row[:3], there.get(name, np.zeros(3)), atol=1e-3)
+        assert row.any() == (name in there)
+
+
+@pytest.mark.parametrize("first", [0, EVAL_SEED])  # sampled and fixed initial states
+def test_mixed_things_change_places_and_only_the_sentence_tells_which_is_meant(mixed, monkeypatch, first):
+    seeds, meant, where = range(first, first + 12), [], []
+    for seed in seeds:
+        mixed.reset(seed)
+        meant.append(named(mixed))
+        where.append(places(mixed))
+        assert mixed.base.parsed_problem["goal_state"][0][1] == meant[-1].replace(" ", "_") + "_1"
+    assert len(set(meant)) > 3 and set(meant) <= set(where[0]) and len({tuple(p["bbq sauce"].round(1)) for p in where}) > 3
+    mixed.reset(seeds[0])
+    assert named(mixed) == meant[0] and all(np.array_equal(place, where[0][name]) for name, place in places(mixed).items())
+    variant(mixed, monkeypatch, mixed=False)
+    mixed.base.parsed_problem["goal_state"] = mixed._goal
+    mixed.reset(seeds[0])
+    plain = np.array(list(places(mixed).values()))
+    distance = np.linalg.norm(plain[:, None] - list(where[0].values()), axis=-1)  # each lies where one lay, but for how they settle
+    assert (distance.min(0) < 0.02).all() and len(set(distance.argmin(0))) == 6
+
+
+def test_the_expert_brings_whatever_is_meant_and_an_exchanged_sentence_names_another(mixed, monkeypatch):
+    for seed in range(3):
+        assert demos.demonstrate(mixed, TRAIN_SEEDS + seed, noise=0.5, observe=False)
+        meant, before = named(mixed), mixed.base.parsed_problem["goal_state"]
+        assert mixed.base._check_success() and meant.replace(" ", "_") in before[0][1]
+        variant(mixed, monkeypatch, exchanged=True)
+        mixed.reset(TRAIN_SEEDS + seed)
+        assert mixed.base.parsed_problem["goal_state"] == before and named(mixed) != meant and named(mixed) in places(mixed)
+        variant(mixed, monkeypatch, exchanged=False)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (dict(env_id="libero_goal/1", mixed=True, things="suite"), "in libero_object only, not in libero_goal/1"),
+    (dict(env_id="libero_spatial/3", exchanged=True), "in libero_object only, not in libero_spatial/3"),
+    (dict(env_id="libero_object", mixed=True), "the suite's, --env-options things=suite"),
+    (dict(env_id="libero_object/2", mixed=True), "put all into the state, --env-options mixed=True things=suite"),
+])
+def test_what_cannot_be_mixed_is_told_in_one_line(options, message):
+    with pytest.raises(EnvError, match=message) as error:
+        LiberoSpec(obs_mode="state", **options).create(0, 10)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.slow
 def test_states_and_pictures_are_those_of_libero_after_a_hard_reset(env):
     check_against_libero(env, TASK)
@@ -348,9 +418,9 @@ def test_the_expert_brings_the_sauce_into_the_basket(convention):
     assert np.linalg.norm((sauce - basket)[0, :2]) > 0.3 and np.linalg.norm((sauce - basket)[-1, :2]) < 0.06
 
 
-@pytest.mark.parametrize("env_id", ["libero_goal/0", "libero_object"])
+@pytest.mark.parametrize("env_id", ["libero_goal/0", "libero_10"])
 def test_a_task_without_an_expert_is_told_in_one_line(env_id, tmp_path):
-    with pytest.raises(EnvError, match="no scripted expert .* a single task of libero_object or libero_spatial") as error:
+    with pytest.raises(EnvError, match="no scripted expert .* libero_object and libero_spatial or a single task") as error:
         demos.collect(tmp_path / "demos.h5", SimpleNamespace(spec=LiberoSpec(env_id)), 1)
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 

@@ -11,8 +11,9 @@ and 400 (90) steps.
 the first); smaller ones for states sampled from the task's own regions, so that training never sees what it is evaluated on.
 Furniture stands where one fixed seed puts it, always.
 
-**obs_mode "state"**, of one task: no pictures, and behind the robot's 8 numbers 12 of each object that the task names as being of
-interest: its position (3) in m, the first two columns of its rotation matrix (6), its position relative to the gripper's (3).
+**obs_mode "state"**: no pictures, and behind the robot's 8 numbers 12 of each object that the task names as being of interest, or
+any task of its suite does (`things`): its position (3) in m, the first two columns of its rotation matrix (6), its position
+relative to the gripper's (3).
 
 **Tasks.** Of a suite, environment i of B has task i · tasks // B: neighbours share a task, as episodes of a group must.
 """
@@ -113,7 +114,7 @@ class LiberoEnv(Environment):
             own = get_problem_info(str(variant.sentence))["language_instruction"]
         if self.spec.language == "name" and variant.sentence == variant.bddl:  # it has no sentence of its own
             own = self._spelled_out
-        self.instruction = self.spec.instruction or own
+        self.instruction = self._told = self.spec.instruction or own
 
     def _build(self) -> None:
         """The model of the variant, in place of the one there is."""
@@ -144,6 +145,7 @@ class LiberoEnv(Environment):
             self.wrapper = ControlEnv(bddl_file_name=str(variant.bddl), **kwargs)
         mujoco.MjModel.from_xml_string("<mujoco/>")  # MuJoCo keeps all that the last model was made from
         self.base = self.wrapper.env
+        self._goal = self.base.parsed_problem["goal_state"]
         if self.cameras:
             self._renderer()
         give_back()
@@ -156,7 +158,8 @@ class LiberoEnv(Environment):
             self._act = fast_osc.Stepper(self.base, moment).step
         load = plus.load_state if self._kind in plus.LAYOUT else load_initial_states
         self.fixed = load(variant.states)  # (50, joints), or the only one of a layout (1, joints)
-        self._named = [self.base.obj_body_id[n] for n in self.base.obj_of_interest] if spec.obs_mode == "state" else []
+        told = tasks.things(self.task.partition("/")[0]) if spec.things == "suite" else self.base.obj_of_interest
+        self._named = [self.base.obj_body_id.get(name) for name in told] if spec.obs_mode == "state" else []
         model, camera = self.base.sim.model, self.base.sim.model.camera_name2id(CAMERAS[0])
         self._camera = model.cam_pos[camera].copy(), model.cam_quat[camera].copy()
         self._joints = self.base.robots[0].init_qpos
@@ -202,10 +205,32 @@ class LiberoEnv(Environment):
             self.base.sim.set_state_from_flattened(self.fixed[rounds % len(self.fixed)])
             self.base.sim.forward()
             self.base._update_observables(force=True)
+        if self.spec.mixed or self.spec.exchanged:
+            self._mix(seed)
         self.base._post_process()  # what an earlier episode has switched on
         for _ in range(self.spec.settle_steps):
             self._act(np.array([0.0] * 6 + [-1.0]))
         self.seed, self.steps, self.success = seed, 0, False
+
+    def _mix(self, seed: int) -> None:
+        """Let the things change places and one of them be meant, and the sentence name another, as the options say."""
+        (predicate, meant, place), = self._goal
+        spell = lambda name: name.rsplit("_", 1)[0].replace("_", " ")
+        told, things = spell(meant), [name for name in self.base.objects_dict if not place.startswith(name)]
+        if told not in self._told:
+            raise EnvError(f"{self._told!r} does not name the {told}, so no other thing can be put there")
+        rng = np.random.default_rng((seed, 1))
+        if self.spec.mixed:
+            data, joints = self.base.sim.data, [self.base.objects_dict[name].joints[-1] for name in things]
+            before = [data.get_joint_qpos(joint).copy() for joint in joints]
+            for joint, own, i in zip(joints, before, rng.permutation(len(things))):
+                data.set_joint_qpos(joint, [*before[i][:2], *own[2:]])
+            self.base.sim.forward()
+            self.base._update_observables(force=True)
+            meant = rng.choice(things)
+            self.base.parsed_problem["goal_state"] = [[predicate, meant, place]]
+        named = rng.choice([name for name in things if name != meant]) if self.spec.exchanged else meant
+        self.instruction = self._told.replace(told, spell(named))
 
     def step(self, chunk: np.ndarray) -> tuple[float, bool, bool, int]:
         """Execute up to n actions (n, 7); stop at success or the limit. Returns (reward, terminated, truncated, steps)."""
@@ -242,6 +267,9 @@ class LiberoEnv(Environment):
         own[3:-2] = transform_utils.quat2axisangle(quaternion) if self.spec.orientation == "axis_angle" else quaternion
         own[-2:] = seen.qpos[robot._ref_gripper_joint_pos_indexes]
         for row, body in zip(objects.reshape(-1, 12), self._named):
+            if body is None:  # another task's
+                row[:] = 0
+                continue
             row[:3], row[3:9] = seen.xpos[body], seen.xmat[body].reshape(3, 3)[:, :2].T.ravel()
             row[9:] = row[:3] - own[:3]
         for i, camera in enumerate(self.cameras):
@@ -306,15 +334,19 @@ class Expert:
 
     def __init__(self, env: LiberoEnv):
         tasks.check_expert(env.task)
+        self._env = env
+        self.reset()
+
+    def reset(self) -> None:
         from pi_stepnft.envs.libero import experts  # imports MuJoCo
 
         try:
-            self._expert = experts.PickAndPlace(env.base)
+            self._expert = experts.PickAndPlace(self._env.base)  # anew, as an episode may have a goal of its own
         except ValueError as error:
             raise EnvError(str(error)) from None
-        self.reset, self._sign = self._expert.reset, env.spec.gripper_close
+        self._expert.reset()
 
     def act(self) -> np.ndarray:
         action = self._expert.act()
-        action[-1] *= self._sign
+        action[-1] *= self._env.spec.gripper_close
         return action

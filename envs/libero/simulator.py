@@ -34,6 +34,15 @@ class LiberoSpec(base.Spec):
     language: Literal["bddl", "name"] = "bddl"
     """"bddl": the sentence in the task's own description, which is what LIBERO-PRO changes; "name": the task's file name spelled
     out, the sentence that openpi and the RLDS and LeRobot datasets have ("pick up the …")."""
+    things: Literal["named", "suite"] = "named"
+    """In the state of obs_mode "state": "named": what the task names; "suite": what all its suite's tasks name, in the alphabet,
+    zeros for what is not there, so that one policy can do the whole suite by reading which one is meant."""
+    mixed: bool = False
+    """libero_object: its things change places, and any of them may be meant, drawn by the seed, so that only the sentence tells. As
+    LIBERO has it, what is meant always lies in the same place."""
+    exchanged: bool = False
+    """libero_object: the sentence names another thing of the scene than the one that counts, drawn by the seed. A control: a policy
+    that reads fails."""
     fast_control: bool = True
     """Use the NumPy controller where it reproduces robosuite's own."""
     kwargs: dict = field(default_factory=dict)
@@ -45,8 +54,13 @@ class LiberoSpec(base.Spec):
         from pi_stepnft.envs.libero.env import LiberoEnv
 
         names = tasks.task_names(self.env_id)
-        if self.obs_mode == "state" and len(names) > 1:
-            raise EnvError(f"the tasks of {self.env_id} differ in the objects of their state: name one, as in {self.env_id}/0")
+        if self.obs_mode == "state" and len(names) > 1 and self.things == "named":
+            raise EnvError(f"the tasks of {self.env_id} differ in the objects of their state: name one, as in {self.env_id}/0, or "
+                           "give all of them the suite's, --env-options things=suite")
+        if (self.mixed or self.exchanged) and self.env_id.partition("/")[0] != "libero_object":
+            raise EnvError(f"things are mixed and sentences exchanged in libero_object only, not in {self.env_id}")
+        if self.mixed and self.obs_mode == "state" and self.things == "named":
+            raise EnvError("mixed episodes may mean any thing: put all into the state, --env-options mixed=True things=suite")
         if num_envs < len(names):
             raise EnvError(
                 f"{self.env_id} has {len(names)} tasks and needs as many environments at least, not {num_envs}; or name one task, "

@@ -91,6 +91,20 @@ def task_names(env_id: str) -> list[tuple[str, int, str]]:
     return tasks
 
 
+@functools.cache
+def things(suite: str) -> list[str]:
+    """What any task of a suite names as being of interest, in the alphabet."""
+    original = plus.split(suite)[0]
+    task_maps()
+    with quiet():
+        from libero.libero import get_libero_path
+        from libero.libero.envs.bddl_utils import robosuite_parse_problem
+
+        folder = Path(get_libero_path("bddl_files")) / original
+        problems = [robosuite_parse_problem(str(folder / f"{name}.bddl")) for _, _, name in task_names(original)]
+    return sorted({name for problem in problems for name in problem["obj_of_interest"]})
+
+
 def limit(suite: str) -> int:
     """Steps of an episode."""
     suite = plus.split(suite)[0]
@@ -104,6 +118,5 @@ def instruction(suite: str, name: str) -> str:
 
 def check_expert(env_id: str) -> None:
     """Raise EnvError for what the scripted expert cannot do."""
-    suite, _, number = env_id.partition("/")
-    if suite not in WITH_EXPERT or not number:
-        raise no_expert(env_id, f"a single task of {' or '.join(WITH_EXPERT)}, such as {WITH_EXPERT[0]}/0")
+    if env_id.partition("/")[0] not in WITH_EXPERT:
+        raise no_expert(env_id, f"{' and '.join(WITH_EXPERT)} or a single task of theirs, such as {WITH_EXPERT[0]}/0")
