@@ -1,8 +1,9 @@
-"""Does a policy read? Its success by sentence on PickNamedCube-v1, as told and with the sentences exchanged:
+"""Does a policy read? Its success by sentence, as told and with the sentences exchanged, in PickNamedCube-v1 or libero_object:
 
     python benchmarks/language.py pi0-tiny-picknamedcube-state runs/stepnft-…/policy
+    python benchmarks/language.py runs/suite runs/stepnft-…/policy --episodes 500 --num-envs 10     # of libero_object, mixed
 
-A sentence's row holds the episodes that were told it; exchanged, those in which the other cube counts. Prints a Markdown table and
+A sentence's row holds the episodes that were told it; exchanged, those in which another thing counts. Prints a Markdown table and
 writes benchmarks/results/language.json, in which other policies' rows stay.
 """
 
@@ -45,7 +46,10 @@ class Args:
 
 def by_sentence(policy: policies.Pi0, exchanged: bool, args: Args) -> dict[str, dict]:
     """Outcomes for each sentence, and for "all"."""
-    venv = envs.make(policy.meta["env_id"], args.num_envs, obs_mode=policy.meta["obs_mode"], kwargs=dict(exchanged=exchanged))
+    env_id, options = policy.meta["env_id"], harness.env_options(policy.meta.get("env_options", []))
+    option = dict(exchanged=exchanged)
+    options |= option if env_id.startswith("libero") else dict(kwargs=option)
+    venv = envs.make(env_id, args.num_envs, obs_mode=policy.meta["obs_mode"], **options)
     told, ode = {}, by_ode(policy, policy.meta["num_steps"])
 
     def act(obs, instructions, turns):
