@@ -161,6 +161,15 @@ def test_gradients_of_parts_add_up_to_the_batchs(data, straight, tmp_path):
         assert parts[tag][1] == pytest.approx(whole[tag][1], rel=1e-5) and np.ptp(list(whole[tag].values())) > 0.1
 
 
+@pytest.mark.parametrize(("sentence", "room"), [("pick up the cube", 16), (" ".join(["pick up the cube"] * 6), 31)])
+def test_a_new_policy_has_room_for_the_longest_sentence(sentence, room, data, tmp_path):
+    shutil.copy(data["sft"], file := tmp_path / "demos.h5")
+    with h5py.File(file, "r+") as demonstrations:
+        demonstrations.attrs["instruction"] = sentence
+    folder = train("sft", dict(sft=file), tmp_path)
+    assert policies.read_json(folder / "policy" / "config.json")["model"]["max_token_len"] == room
+
+
 def test_the_validation_loss_is_of_whole_demonstrations_that_are_not_trained_on(data, tmp_path):
     seen, flow_loss = {True: [], False: []}, policies.Pi0.flow_loss
 
