@@ -133,6 +133,10 @@ class Training:
         lora = getattr(args, "train", "all") == "lora"
         if lora:
             self.unsaved |= {name: [p for p in policy.parameters() if p.requires_grad] for name, policy in trained.items()}
+        for policy in trained.values():
+            policy.meta = {name: told for name, told in policy.meta.items() if name != "env_options"}  # those of where it comes from
+            if args.env_options:
+                policy.meta["env_options"] = list(args.env_options)
         first, *others = trained
         self.policy_type, self.origin = trained[first].config.type, origin()
         if self.resumed:
@@ -385,11 +389,8 @@ class Run(Training):
 
     def begin(self, trained: dict[str, policies.Pi0], optimizer: torch.optim.Optimizer, **kept: Any) -> None:
         """As every training's; the start is evaluated. kept: its unsaved and memory."""
-        told = dict(execute=self.execute, num_steps=self.args.num_steps)
-        if self.args.env_options:
-            told["env_options"] = list(self.args.env_options)
         for policy in trained.values():
-            policy.meta = policy.meta | told
+            policy.meta = policy.meta | dict(execute=self.execute, num_steps=self.args.num_steps)
         base = self.checkpoint if policies.layouts.is_hub_id(self.checkpoint) else Path(self.checkpoint).name
         super().begin(trained, optimizer, **kept, total=self.args.iterations, base=base)
         if not self.curve:

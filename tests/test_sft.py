@@ -170,6 +170,13 @@ def test_a_new_policy_has_room_for_the_longest_sentence(sentence, room, data, tm
     assert policies.read_json(folder / "policy" / "config.json")["model"]["max_token_len"] == room
 
 
+def test_a_policy_tells_the_environment_s_options_of_its_last_training(data, tmp_path):
+    first = train("sft", data, tmp_path / "a", "--env-options", "speed=2", "colour=red")
+    then = train("sft", data, tmp_path / "b", "--base", first / "policy")
+    told = [policies.read_json(folder / "policy" / "config.json")["meta"] for folder in (first, then)]
+    assert told[0]["env_options"] == ["speed=2", "colour=red"] and "env_options" not in told[1]
+
+
 def test_the_validation_loss_is_of_whole_demonstrations_that_are_not_trained_on(data, tmp_path):
     seen, flow_loss = {True: [], False: []}, policies.Pi0.flow_loss
 
