@@ -417,19 +417,19 @@ def main(args: Args) -> None:
         losses, keep = harness.Averages(), ~(lost | plain)[episode]  # (M,) chunks to learn from
         if predicting:  # with what it has learned from earlier iterations: of these episodes it knows no outcome
             with torch.no_grad():
-                p = predictor(chunks.seen).sigmoid().cpu().numpy()
+                told = predictor(chunks.seen)
+            p = told.sigmoid().cpu().numpy()
             advantage = advantages(p, success, episode, turn, args.gae_lambda)
             labels = np.clip(advantage / (args.label_deviations * run.mean(advantage[keep] ** 2) ** 0.5 + 1e-8), -1, 1)
             used, outcome = torch.from_numpy(keep).to(device), torch.from_numpy(success[episode]).float().to(device)
+            losses.add(dict(predictor=F.binary_cross_entropy_with_logits(told[used], outcome[used])))
             memory.append([chunks.seen[used], outcome[used]])
             seen, outcome = map(torch.cat, zip(*memory))
             for _ in range(args.predictor_epochs):
                 for minibatch in run.minibatches(np.ones(len(seen), bool)):
                     optimizer.zero_grad()
                     for row, share in minibatch:
-                        loss = F.binary_cross_entropy_with_logits(predictor(seen[row]), outcome[row])
-                        (share * loss).backward()
-                        losses.add(dict(predictor=loss.detach()), share)
+                        (share * F.binary_cross_entropy_with_logits(predictor(seen[row]), outcome[row])).backward()
                     if run.clip_gradients(losses, predictor_grad_norm=predicting):
                         optimizer.step()
         else:

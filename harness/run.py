@@ -134,7 +134,7 @@ class Training:
         if lora:
             self.unsaved |= {name: [p for p in policy.parameters() if p.requires_grad] for name, policy in trained.items()}
         for policy in trained.values():
-            policy.meta = {name: told for name, told in policy.meta.items() if name != "env_options"}  # those of where it comes from
+            policy.meta = {name: told for name, told in policy.meta.items() if name != "env_options"}  # its start's
             if args.env_options:
                 policy.meta["env_options"] = list(args.env_options)
         first, *others = trained

@@ -76,6 +76,7 @@ INSTEAD = {
     r"runs/RUN/policy (?=.*id ood)": "given/pi0 ",
     r"PutOnPlateInScene25Main-v3": "PickCube-v1",  # needs downloads; tests/test_plate.py has it, with boxes for these
     r"id ood --episodes 128": "id execution-goal_range-1",
+    r"--env-id libero_object (?=.*things=suite)": "--env-id libero_object/0 --checkpoint pi0-tiny-libero-object-state ",
     r"--suite (libero_\w+)": r"--suite \1/0 --env-options max_episode_steps=10",
     r"--env-id (libero_\w+)(?!\S)": r"--env-id \1/0 --env-options max_episode_steps=10",
     r"DEMONSTRATIONS": "datasets/libero_object",
