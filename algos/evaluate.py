@@ -230,7 +230,7 @@ def main(args: Args) -> None:
     env_id = args.env_id or agree("task", {c.label: c.policy.meta.get("env_id") for c in contestants}, ", or add --env-id")
     if env_id is None:
         raise RunError(f"{contestants[0].name} does not say what task it was trained on: add --env-id")
-    trained = {c.label: tuple(c.policy.meta.get("env_options", ())) for c in contestants}
+    trained = {c.label: tuple(sorted(c.policy.meta.get("env_options", ()))) for c in contestants}
     given = agree("environment's options", trained, ", or add --env-options") if args.env_options is None else args.env_options
     options = harness.env_options(given)
     image_size = agree("image size", {c.label: c.policy.config.image_size * (obs_mode == "rgb") for c in contestants})
@@ -241,6 +241,8 @@ def main(args: Args) -> None:
     for c in contestants:
         harness.check_task(c.policy, env_id, obs_mode, given, c.name)
     environments, episodes = simulator.select(env_id, args.suites, obs_mode), args.episodes
+    for name in environments:  # what cannot be had in one of them is told before the first is played
+        simulator.spec(name, obs_mode=obs_mode, **options)
     if simulator.pooled:
         sizes = Counter(environments.values())
         if len(set(sizes.values())) > 1:

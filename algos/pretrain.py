@@ -116,9 +116,10 @@ def main(args: Args) -> None:
     count = numbers + located.shape[1]
     A = Config.tiny().action_dim
     room = dict(horizon=math.ceil(count / A)) if reads else dict(action_dim=max(A, count))
+    longest = policies.Tokenizer().longest(data.instructions if rgb else [instruction], numbers)
     config = Config.tiny(
         image_size=args.image_size, patch_size=args.patch_size, num_cameras=data.image.shape[1] if rgb else 0, state_dim=state_dim,
-        **room,
+        max_token_len=max(longest, Config.tiny().max_token_len), **room,
     )
     copies = 1 if reads else config.horizon
     policy = policies.load(run.resumed / "policy", device) if run.resumed else Policy(config).to(device)

@@ -159,10 +159,9 @@ def main(args: Args) -> None:
     if not policy:
         Policy, Config = policies.checkpoint.TYPES[args.policy or "pi0"]
         tiny = Config.tiny()
-        room = dict(num_cameras=cameras, state_dim=S, action_dim=max(A, tiny.action_dim))
-        if not getattr(tiny, "discrete_state", False):  # a prompt that is the sentence alone is not to be cut
-            longest = max(map(len, map(policies.Tokenizer().encode, data.instructions)))
-            room |= dict(max_token_len=max(longest, tiny.max_token_len))
+        longest = policies.Tokenizer().longest(data.instructions, S if getattr(tiny, "discrete_state", False) else 0)
+        room = dict(num_cameras=cameras, state_dim=S, action_dim=max(A, tiny.action_dim),
+                    max_token_len=max(longest, tiny.max_token_len))
         policy = Policy(Config.tiny(image_size=image_size, horizon=args.horizon, **room)).to(device)
     config = policy.config
     for what, count, limit in (("cameras", cameras, config.num_cameras), ("state dimensions", S, config.state_dim),

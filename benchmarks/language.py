@@ -48,7 +48,7 @@ def by_sentence(policy: policies.Pi0, exchanged: bool, args: Args) -> dict[str, 
     """Outcomes for each sentence, and for "all"."""
     env_id, options = policy.meta["env_id"], harness.env_options(policy.meta.get("env_options", []))
     option = dict(exchanged=exchanged)
-    options |= option if env_id.startswith("libero") else dict(kwargs=option)
+    options |= option if env_id.startswith("libero") else dict(kwargs=options.get("kwargs", {}) | option)
     venv = envs.make(env_id, args.num_envs, obs_mode=policy.meta["obs_mode"], **options)
     told, ode = {}, by_ode(policy, policy.meta["num_steps"])
 

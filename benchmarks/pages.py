@@ -137,11 +137,12 @@ def overview(results: Path) -> str:
     """A row per task, mode and label."""
     group = lambda r: (r["env_id"], r["obs_mode"], r["label"])
     runs = sorted(load(results), key=group)
+    columns = [column for column in OVERVIEW if COLUMNS[column] is not out_of_distribution or any("ood" in run for run in runs)]
     rows = []
     for (env_id, mode, label), members in groupby(runs, group):
         some = list(members)
-        rows.append([f"{env_id}, {mode}", label, *(COLUMNS[column](some) for column in OVERVIEW)])
-    return markdown(["task", "label", *OVERVIEW], rows) if rows else "No result yet."
+        rows.append([f"{env_id}, {mode}", label, *(COLUMNS[column](some) for column in columns)])
+    return markdown(["task", "label", *columns], rows) if rows else "No result yet."
 
 
 def overlap(results: Path) -> str:
@@ -221,8 +222,14 @@ TABLES: dict[str, Callable[[Path], str]] = {
         ("0.1.0: StackCube-v1, state, 80 iterations", "0.1/ppo-StackCube-v1-state-*.json"),
         ("0.1.0: PickCube-v1, rgb, all 120 iterations", "0.1/ppo-120-PickCube-v1-rgb-*.json"),
     ], ("seeds", *HEADLINE)),
-    "grpo": Runs(("task",), [("PickCube-v1, state", "0.1/grpo-PickCube-v1-state-*.json")]),
-    "nft": Runs(("task",), [("PickCube-v1, state", "0.1/nft-PickCube-v1-state-*.json")], (*HEADLINE, "after θ_old, %")),
+    "grpo": Runs(("task",), [
+        ("PickCube-v1, state, 60 iterations", "grpo-60-PickCube-v1-state-*.json"),
+        ("0.1.0: PickCube-v1, state", "0.1/grpo-PickCube-v1-state-*.json"),
+    ], ("seeds", *HEADLINE)),
+    "nft": Runs(("task",), [
+        ("0.1.0: PickCube-v1, state", "0.1/nft-PickCube-v1-state-*.json"),
+        ("the same, 60 iterations", "nft-predicted-60-PickCube-v1-state-*.json"),
+    ], ("seeds", *HEADLINE, "after θ_old, %")),
     "rft": Runs(("task",), [
         ("PickCube-v1, state", "0.1/rft-PickCube-v1-state-*.json"),
         ("PickCube-v1, state, `--replay 1`, one seed", "0.1/rft-replay-1-PickCube-v1-state-*.json"),

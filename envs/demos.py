@@ -123,15 +123,17 @@ def demonstrate(env: Environment, seed: int, noise: float, observe: bool = True)
 def demonstrate_in(env: Environment, env_id: str, seeds: Sequence[int], count: int, noise: float) -> list[dict | None]:
     """Episodes of `demonstrate` in a scene or task of its own, which is made for them, until `count` have succeeded."""
     gc.freeze()  # ManiSkill collects garbage twice for each scene, which takes longer than the episode if all there is is searched
-    scene, made = replace(env.spec, env_id=env_id).create(0, 1), []
+    scene, made = None, []
     try:
+        scene = replace(env.spec, env_id=env_id).create(0, 1)
         for seed in seeds:
             made.append(demonstrate(scene, seed, noise))
             if len(made) - made.count(None) == count:
                 break
         return made
     finally:
-        scene.close()
+        if scene:
+            scene.close()
         del scene
         gc.collect()  # SAPIEN's scenes are freed with the last that refers to them; a process has room for about a thousand
         gc.unfreeze()
@@ -150,6 +152,8 @@ def collect(
     spec = venv.spec
     simulator(spec.env_id).expert(spec.env_id)
     if not scenes and len(tasks := list(simulator(spec.env_id).select(spec.env_id, ["id"], spec.obs_mode))) > 1:
+        if count < len(tasks):
+            raise EnvError(f"{spec.env_id} has {len(tasks)} tasks: {count} demonstrations leave some without any")
         scenes = tasks
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ state))
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,6 +135,11 @@ class Tokenizer:
             return [self._bos, *self._pieces(cleaned), *self._pieces("\n")]
         bins = np.digitize(state, STATE_BINS) - 1  # -1 below the range, 255 from the last edge on
         return [self._bos, *self._pieces(f"Task: {cleaned}, State: {' '.join(map(str, bins))};\nAction: ")]
+
+    def longest(self, texts: Iterable[str], numbers: int = 0) -> int:
+        """Tokens of the longest prompt with one of these sentences, and with a state of so many numbers in it if there are any."""
+        state = np.ones(numbers) if numbers else None  # bins of three digits
+        return max(len(self.encode(text, state)) for text in texts)
 
 
 class Processor:

@@ -390,7 +390,7 @@ HOWS = [  # with its expert a policy learns to see first, and π0.5 to read; wit
     ("libero_object/3", "rgb", "pi0", f"pretrain.py {WHERE} --output runs/pretrained, then"),
     ("libero_object/3", "state", "pi0", f"sft.py {WHERE} --output runs/sft, then add"),
     ("libero_goal/1", "rgb", "pi0", f"sft.py {WHERE} --dataset DEMONSTRATIONS --output runs/sft (this"),
-    ("libero_object", "state", "pi0", f"sft.py {WHERE} --output runs/sft, then add"),
+    ("libero_spatial", "state", "pi0", f"sft.py {WHERE} --output runs/sft, then add"),
     ("libero_10", "state", "pi0", f"sft.py {WHERE} --dataset DEMONSTRATIONS --output runs/sft, then add"),
 ]
 

@@ -391,7 +391,7 @@ def test_report_separates_algorithms_ablations_and_trials(root):
     assert [cells(row)[:3] for row in text.splitlines() if row.startswith("| Task")] == [
         ["Task-v1, state", "ppo", "1"], ["Task-v1, state", "stepnft", "2"],
     ]
-    assert "| stepnft | 2 | 50.0 | 85.0 (80.0–90.0) | – |" in text
+    assert "| stepnft | 2 | 50.0 | 85.0 (80.0–90.0) |" in text
     text = (root / compare.PAGE).read_text()
     assert text.startswith("before\n\n<!-- ") and text.endswith(" -->\n\nafter\n") and "old" not in text
     first, ablations, tuning = text.replace("Tuning trials", "Ablations").split("Ablations, ")

@@ -173,6 +173,16 @@ def test_the_state_of_a_suite_has_a_place_for_each_thing_of_its_tasks(mixed):
         assert row.any() == (name in there)
 
 
+def test_a_region_stands_for_what_it_belongs_to():
+    env = LiberoSpec("libero_goal/1", obs_mode="state").create(0, 1)  # a bowl, to be put on a stove's region
+    assert env.base.obj_of_interest[1] not in env.base.obj_body_id
+    env.reset(EVAL_SEED)
+    state = np.zeros(env.state_dim, np.float32)
+    env.observe(np.zeros((0, SIZE, SIZE, 3), np.uint8), state)
+    np.testing.assert_allclose(state[20:23], env.base.sim.data.body_xpos[env.base.obj_body_id["flat_stove_1"]], atol=1e-3)
+    assert tasks.things("libero_object_task") == tasks.things("libero_object")  # which names regions of the basket
+
+
 @pytest.mark.parametrize("first", [0, EVAL_SEED])  # sampled and fixed initial states
 def test_mixed_things_change_places_and_only_the_sentence_tells_which_is_meant(mixed, monkeypatch, first):
     seeds, meant, where = range(first, first + 12), [], []
@@ -206,8 +216,9 @@ def test_the_expert_brings_whatever_is_meant_and_an_exchanged_sentence_names_ano
 @pytest.mark.parametrize(("options", "message"), [
     (dict(env_id="libero_goal/1", mixed=True, things="suite"), "in libero_object only, not in libero_goal/1"),
     (dict(env_id="libero_spatial/3", exchanged=True), "in libero_object only, not in libero_spatial/3"),
-    (dict(env_id="libero_object", mixed=True), "the suite's, --env-options things=suite"),
+    (dict(env_id="libero_object"), "the suite's, --env-options things=suite"),
     (dict(env_id="libero_object/2", mixed=True), "put all into the state, --env-options mixed=True things=suite"),
+    (dict(env_id="libero_object_object/2", things="suite"), "has other things than libero_object: things=suite cannot be had"),
 ])
 def test_what_cannot_be_mixed_is_told_in_one_line(options, message):
     with pytest.raises(EnvError, match=message) as error:
@@ -423,6 +434,11 @@ def test_a_task_without_an_expert_is_told_in_one_line(env_id, tmp_path):
     with pytest.raises(EnvError, match="no scripted expert .* libero_object and libero_spatial or a single task") as error:
         demos.collect(tmp_path / "demos.h5", SimpleNamespace(spec=LiberoSpec(env_id)), 1)
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_a_suite_needs_a_demonstration_of_each_task(tmp_path):
+    with pytest.raises(EnvError, match="libero_object has 10 tasks: 9 demonstrations leave some without any"):
+        demos.collect(tmp_path / "demos.h5", SimpleNamespace(spec=LiberoSpec("libero_object")), 9)
 
 
 # -------------------------------------------------------------------------------------------------------------------- pool

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -158,8 +159,12 @@ class LiberoEnv(Environment):
             self._act = fast_osc.Stepper(self.base, moment).step
         load = plus.load_state if self._kind in plus.LAYOUT else load_initial_states
         self.fixed = load(variant.states)  # (50, joints), or the only one of a layout (1, joints)
-        told = tasks.things(self.task.partition("/")[0]) if spec.things == "suite" else self.base.obj_of_interest
-        self._named = [self.base.obj_body_id.get(name) for name in told] if spec.obs_mode == "state" else []
+        self._named = []
+        if spec.obs_mode == "state":
+            bodies = self.base.obj_body_id
+            own = (tasks.owner(name, bodies) for name in self.base.obj_of_interest)
+            told = tasks.things(self.task.partition("/")[0]) if spec.things == "suite" else filter(None, own)
+            self._named = [bodies.get(name) for name in told]  # None: another task's
         model, camera = self.base.sim.model, self.base.sim.model.camera_name2id(CAMERAS[0])
         self._camera = model.cam_pos[camera].copy(), model.cam_quat[camera].copy()
         self._joints = self.base.robots[0].init_qpos
@@ -217,9 +222,9 @@ class LiberoEnv(Environment):
         (predicate, meant, place), = self._goal
         spell = lambda name: name.rsplit("_", 1)[0].replace("_", " ")
         told, things = spell(meant), [name for name in self.base.objects_dict if not place.startswith(name)]
-        if told not in self._told:
+        if not (word := re.compile(rf"\b{told}\b", re.IGNORECASE)).search(self._told):
             raise EnvError(f"{self._told!r} does not name the {told}, so no other thing can be put there")
-        rng = np.random.default_rng((seed, 1))
+        rng = np.random.default_rng((seed, int(self.task.partition("/")[2])))
         if self.spec.mixed:
             data, joints = self.base.sim.data, [self.base.objects_dict[name].joints[-1] for name in things]
             before = [data.get_joint_qpos(joint).copy() for joint in joints]
@@ -230,7 +235,7 @@ class LiberoEnv(Environment):
             meant = rng.choice(things)
             self.base.parsed_problem["goal_state"] = [[predicate, meant, place]]
         named = rng.choice([name for name in things if name != meant]) if self.spec.exchanged else meant
-        self.instruction = self._told.replace(told, spell(named))
+        self.instruction = word.sub(spell(named), self._told, count=1)
 
     def step(self, chunk: np.ndarray) -> tuple[float, bool, bool, int]:
         """Execute up to n actions (n, 7); stop at success or the limit. Returns (reward, terminated, truncated, steps)."""
@@ -267,7 +272,7 @@ class LiberoEnv(Environment):
         own[3:-2] = transform_utils.quat2axisangle(quaternion) if self.spec.orientation == "axis_angle" else quaternion
         own[-2:] = seen.qpos[robot._ref_gripper_joint_pos_indexes]
         for row, body in zip(objects.reshape(-1, 12), self._named):
-            if body is None:  # another task's
+            if body is None:
                 row[:] = 0
                 continue
             row[:3], row[3:9] = seen.xpos[body], seen.xmat[body].reshape(3, 3)[:, :2].T.ravel()
@@ -335,7 +340,6 @@ class Expert:
     def __init__(self, env: LiberoEnv):
         tasks.check_expert(env.task)
         self._env = env
-        self.reset()
 
     def reset(self) -> None:
         from pi_stepnft.envs.libero import experts  # imports MuJoCo

@@ -48,6 +48,13 @@ class LiberoSpec(base.Spec):
     kwargs: dict = field(default_factory=dict)
     """More keyword arguments for LIBERO's own constructor."""
 
+    def __post_init__(self) -> None:
+        if (self.mixed or self.exchanged) and self.env_id.partition("/")[0] != "libero_object":
+            raise EnvError(f"things are mixed and sentences exchanged in libero_object only, not in {self.env_id}: leave mixed and "
+                           "exchanged out of --env-options there")
+        if self.mixed and self.obs_mode == "state" and self.things == "named":
+            raise EnvError("mixed episodes may mean any thing: put all into the state, --env-options mixed=True things=suite")
+
     death: ClassVar[str] = "too little memory, or a renderer that does not work; try another one, MUJOCO_GL=egl or MUJOCO_GL=osmesa"
 
     def create(self, slot: int, num_envs: int) -> Any:
@@ -57,10 +64,6 @@ class LiberoSpec(base.Spec):
         if self.obs_mode == "state" and len(names) > 1 and self.things == "named":
             raise EnvError(f"the tasks of {self.env_id} differ in the objects of their state: name one, as in {self.env_id}/0, or "
                            "give all of them the suite's, --env-options things=suite")
-        if (self.mixed or self.exchanged) and self.env_id.partition("/")[0] != "libero_object":
-            raise EnvError(f"things are mixed and sentences exchanged in libero_object only, not in {self.env_id}")
-        if self.mixed and self.obs_mode == "state" and self.things == "named":
-            raise EnvError("mixed episodes may mean any thing: put all into the state, --env-options mixed=True things=suite")
         if num_envs < len(names):
             raise EnvError(
                 f"{self.env_id} has {len(names)} tasks and needs as many environments at least, not {num_envs}; or name one task, "

@@ -8,7 +8,7 @@ import functools
 import io
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from pi_stepnft.envs import vulkan
@@ -91,18 +91,31 @@ def task_names(env_id: str) -> list[tuple[str, int, str]]:
     return tasks
 
 
+def owner(name: str, bodies: Iterable[str]) -> str | None:
+    """The body that a name in a task's description stands for, a region's being the one it belongs to; None for a table's."""
+    return max((body for body in bodies if name.startswith(body)), key=len, default=None)
+
+
 @functools.cache
 def things(suite: str) -> list[str]:
-    """What any task of a suite names as being of interest, in the alphabet."""
-    original = plus.split(suite)[0]
-    task_maps()
+    """The bodies that any task of a suite names as being of interest, in the alphabet.
+
+    EnvError for a suite of LIBERO-PRO's whose things are not the original's: a policy would take one for another.
+    """
+    suite, found = plus.split(suite)[0], set()
+    maps = task_maps()
     with quiet():
         from libero.libero import get_libero_path
         from libero.libero.envs.bddl_utils import robosuite_parse_problem
 
-        folder = Path(get_libero_path("bddl_files")) / original
-        problems = [robosuite_parse_problem(str(folder / f"{name}.bddl")) for _, _, name in task_names(original)]
-    return sorted({name for problem in problems for name in problem["obj_of_interest"]})
+        for name in maps[suite]:
+            problem = robosuite_parse_problem(str(Path(get_libero_path("bddl_files")) / suite / f"{name}.bddl"))
+            bodies = [body for kind in ("objects", "fixtures") for known in problem[kind].values() for body in known]
+            found |= {owner(each, bodies) for each in problem["obj_of_interest"]} - {None}
+    original = next(known for known in LIMITS if suite in (known, *(f"{known}_{kind}" for kind in PRO)))
+    if suite != original and sorted(found) != things(original):
+        raise EnvError(f"{suite} has other things than {original}: things=suite cannot be had there")
+    return sorted(found)
 
 
 def limit(suite: str) -> int:
