@@ -7,6 +7,7 @@ import atexit
 import csv
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import sys
 import time
@@ -241,8 +242,9 @@ def main(args: Args) -> None:
     for c in contestants:
         harness.check_task(c.policy, env_id, obs_mode, given, c.name)
     environments, episodes = simulator.select(env_id, args.suites, obs_mode), args.episodes
+    own = {name: value for name, value in options.items() if name not in inspect.signature(envs.make).parameters}
     for name in environments:  # what cannot be had in one of them is told before the first is played
-        simulator.spec(name, obs_mode=obs_mode, **options)
+        simulator.spec(name, obs_mode=obs_mode, **own)
     if simulator.pooled:
         sizes = Counter(environments.values())
         if len(set(sizes.values())) > 1:
