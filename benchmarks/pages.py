@@ -224,11 +224,11 @@ TABLES: dict[str, Callable[[Path], str]] = {
     ], ("seeds", *HEADLINE)),
     "grpo": Runs(("task",), [
         ("PickCube-v1, state, 60 iterations", "grpo-60-PickCube-v1-state-*.json"),
-        ("0.1.0: PickCube-v1, state", "0.1/grpo-PickCube-v1-state-*.json"),
+        ("0.1.0: PickCube-v1, state, 120 iterations", "0.1/grpo-PickCube-v1-state-*.json"),
     ], ("seeds", *HEADLINE)),
     "nft": Runs(("task",), [
-        ("0.1.0: PickCube-v1, state", "0.1/nft-PickCube-v1-state-*.json"),
-        ("the same, 60 iterations", "nft-predicted-60-PickCube-v1-state-*.json"),
+        ("0.1.0: PickCube-v1, state, 120 iterations", "0.1/nft-PickCube-v1-state-*.json"),
+        ("PickCube-v1, state, 60 iterations, predicted labels, noise", "nft-predicted-60-PickCube-v1-state-*.json"),
     ], ("seeds", *HEADLINE, "after θ_old, %")),
     "rft": Runs(("task",), [
         ("PickCube-v1, state", "0.1/rft-PickCube-v1-state-*.json"),
