@@ -233,8 +233,10 @@ def main(args: Args) -> None:
         raise RunError(f"{contestants[0].name} does not say what task it was trained on: add --env-id")
     trained = {c.label: tuple(sorted(c.policy.meta.get("env_options", ()))) for c in contestants}
     given = agree("environment's options", trained, ", or add --env-options") if args.env_options is None else args.env_options
-    options = harness.env_options(given)
     image_size = agree("image size", {c.label: c.policy.config.image_size * (obs_mode == "rgb") for c in contestants})
+    fixed = dict(obs_mode=obs_mode, image_size=image_size or 96, video_size=224, chunk=1, observe_terminal=False,
+                 step_timeout=args.step_timeout)  # as in training
+    options = harness.env_options(given, fixed | dict(env_id=env_id, num_envs=args.num_envs))
     simulator = envs.simulator(env_id)
     if env_id != simulator.task_of(env_id):
         raise RunError(f"--env-id {env_id} is a variant: name its task there, and the variant in --suites")
@@ -261,11 +263,8 @@ def main(args: Args) -> None:
     curves = {c.label: curve for c in contestants if (curve := learning_curve(c.folder))}
 
     def open_environments(name: str):
-        """The same environments as in training, as many as there are episodes at once; the policies have to fit them."""
-        venv = envs.make(
-            name, num_envs, obs_mode=obs_mode, image_size=image_size or 96, video_size=224, chunk=1, observe_terminal=False,
-            step_timeout=args.step_timeout, **options,
-        )
+        """As many environments as there are episodes at once; the policies have to fit them."""
+        venv = envs.make(name, num_envs, **fixed, **options)
         atexit.register(venv.close)  # workers and shared memory go with the program, however it ends
         for c in contestants:
             harness.check_fit(c.policy, venv, c.name)
@@ -311,7 +310,7 @@ def main(args: Args) -> None:
         rows = summarise(ended, environments, () if simulator.paired else environments.values())
         results = dict(
             command=harness.command_line(), commit=harness.commit(), date=time.strftime("%Y-%m-%d"), env_id=env_id,
-            obs_mode=obs_mode, episodes=episodes, eval_seed=args.eval_seed, num_envs=num_envs, rows=rows,
+            obs_mode=obs_mode, env_options=given, episodes=episodes, eval_seed=args.eval_seed, num_envs=num_envs, rows=rows,
             checkpoints=described, versions=dict(python=sys.version.split()[0], **versions),
         )
         if len(set(groups)) < len(groups):

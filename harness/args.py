@@ -8,9 +8,10 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
@@ -196,13 +197,18 @@ def typed(kind: type[A], text: str, name: Callable[[str], str] = str, depth: int
         raise RunError(explain(error, name, depth)) from None
 
 
-def env_options(texts: Iterable[str]) -> dict[str, Any]:
-    """--env-options as keyword arguments of `envs.make`; a value is JSON where it can be read as that, otherwise text."""
+def env_options(texts: Iterable[str], fixed: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """--env-options as keyword arguments of `envs.make`; a value is JSON where it can be read as that, otherwise text.
+
+    fixed: those that the program decides itself. Raises RunError for one of them.
+    """
     options = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not (equals and name.isidentifier()):
             raise RunError(f"--env-options takes name=value, got {text!r}")
+        if name in fixed:
+            raise RunError(f"--env-options {text}: {name} is {fixed[name]!r} here, by the program's other options or the policy")
         try:
             options[name] = json.loads(value)
         except ValueError:

@@ -1,7 +1,7 @@
 """What an evaluation found, as Markdown and as one HTML file that needs nothing else: tables, charts, videos. Knows no policy.
 
-`results`, as `algos/evaluate.py` writes it to results.json: env_id, obs_mode, episodes, eval_seed, num_envs; checkpoints, a list of
-dicts with a label each, the first being the baseline, and the group that a training belongs to; rows of
+`results`, as `algos/evaluate.py` writes it to results.json: env_id, obs_mode, env_options, episodes, eval_seed, num_envs;
+checkpoints, a list of dicts with a label each, the first being the baseline, and the group that a training belongs to; rows of
 `harness.statistics.summarise`; group_rows of `harness.statistics.over_seeds` where a group has several; command, versions and date.
 """
 
@@ -128,6 +128,8 @@ def explanation(results: dict) -> list[str]:
         f"(seeds {seed} to {seed + episodes - 1}, the same for every checkpoint), with 95 % Wilson intervals"
         f"{' of each checkpoint' * bool(several)}."
     ]
+    if options := results.get("env_options"):
+        out.append(f"Options of the environments: {', '.join(options)}.")
     if several:
         listed = ", ".join(f"{group} ({len(members)})" for group, members in several.items())
         out[0] += (

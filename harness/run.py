@@ -521,12 +521,8 @@ def adapt(policy: policies.Pi0, args: TrainArgs) -> policies.Pi0:
 
 def make_envs(args: TaskArgs, **fixed: Any):
     """`envs.make` with --env-options, closed when the program ends, however it does. fixed: what the program decides itself."""
-    options, fixed = env_options(args.env_options), fixed | dict(env_id=args.env_id, obs_mode=args.obs_mode, seed=args.seed)
-    fixed["step_timeout"] = args.step_timeout
-    if taken := sorted(set(options) & set(fixed)):
-        raise RunError(f"--env-options {taken[0]}={options[taken[0]]}: {taken[0]} is {fixed[taken[0]]!r} here, by the program's "
-                       "other options or the policy")
-    venv = envs.make(**fixed, **options)
+    fixed |= dict(env_id=args.env_id, obs_mode=args.obs_mode, seed=args.seed, step_timeout=args.step_timeout)
+    venv = envs.make(**fixed, **env_options(args.env_options, fixed))
     atexit.register(venv.close)
     return venv
 
@@ -538,8 +534,10 @@ def check_fit(policy: policies.Pi0, venv, name: str) -> None:
 
 def check_task(policy: policies.Pi0, env_id: str, obs_mode: str, options: Iterable[str], name: str) -> None:
     """As `check_fit`, as far as it can be told before a simulator starts: from where the policy was trained and, where one for the
-    task is bundled, from the sizes of that one, which options of the environment may change."""
+    task is bundled, from the sizes of that one, which options of the environment may change. Tells of options unlike its own."""
     trained_on = policy.meta.get("env_id") or env_id
+    if sorted(options) != sorted(known := policy.meta.get("env_options", [])):
+        print(f"note: {name} was trained with {' '.join(['--env-options', *known]) if known else 'no --env-options'}")
     if ":" not in trained_on and envs.simulator(trained_on) is not envs.simulator(env_id):
         raise RunError(f"{name} was trained on {trained_on}, in another simulator than {env_id}: use its policy")
     for _, config in () if options else bundled_for(env_id, obs_mode):

@@ -257,6 +257,7 @@ WITH_MANISKILL = [  # whose import takes seconds
     ("evaluate", "curve/policy", "result.json: point 0.success must be at most 1, got 2.0"),
     ("evaluate", "state --suites id visions", "PickCube-v1 has no 'visions'"),
     ("evaluate", "state --env-options colour=red", "has no option 'colour'"),
+    ("evaluate", "state --env-options num_envs=3", "--env-options num_envs=3: num_envs is 64 here"),
 ]
 
 ROWS = [(name, words, named, 2) for names, words, named in OF_EVERY_PROGRAM for name in names]

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from test_main import one_thread, only_run, run, same, scalars, told, weights  # noqa: F401
 
-from pi_stepnft import policies
+from pi_stepnft import harness, policies
 from pi_stepnft.envs import demos, reading
 from pi_stepnft.harness import checkpoints
 
@@ -170,11 +170,16 @@ def test_a_new_policy_has_room_for_the_longest_sentence(sentence, room, data, tm
     assert policies.read_json(folder / "policy" / "config.json")["model"]["max_token_len"] == room
 
 
-def test_a_policy_tells_the_environment_s_options_of_its_last_training(data, tmp_path):
+def test_a_policy_tells_the_environment_s_options_of_its_last_training(data, tmp_path, capsys):
     first = train("sft", data, tmp_path / "a", "--env-options", "speed=2", "colour=red")
     then = train("sft", data, tmp_path / "b", "--base", first / "policy")
     told = [policies.read_json(folder / "policy" / "config.json")["meta"] for folder in (first, then)]
     assert told[0]["env_options"] == ["speed=2", "colour=red"] and "env_options" not in told[1]
+    policy = policies.load(first / "policy")
+    for options, note in ((["colour=red", "speed=2"], ""), ([], "note: mine was trained with --env-options speed=2 colour=red\n")):
+        capsys.readouterr()
+        harness.check_task(policy, "PokeCube-v1", "state", options, "mine")
+        assert capsys.readouterr().out == note
 
 
 def test_the_validation_loss_is_of_whole_demonstrations_that_are_not_trained_on(data, tmp_path):
