@@ -50,6 +50,8 @@ if TYPE_CHECKING:
 
 ITERATIONS = {"pi0": 120, "pi05": 200}
 """Rounds where --iterations is not given: what half an hour on two cores about allows."""
+CUT = 0.64
+"""Where --rollout-steps is not given: the share of a task's limit after which a training episode is cut off."""
 NAMES = {"pi0": "π0", "pi05": "π0.5"}
 HELD: dict[Path, int] = {}
 """Folders of runs that are this process's alone, and the descriptors by which they are locked."""
@@ -352,6 +354,8 @@ class Run(Training):
         self.venv = make_envs(self.args, **ranks.share(self.args.num_envs), chunk=self.execute, image_size=policy.config.image_size,
                               observe_terminal=False)
         check_fit(policy, self.venv, self.checkpoint)
+        if self.args.rollout_steps is None:
+            self.args.rollout_steps = round(CUT * self.venv.max_episode_steps)
         if self.args.overlap and not self.venv.overlaps:
             raise RunError("--overlap: this simulator steps all environments at once: leave it out")
         return self.venv
@@ -407,6 +411,10 @@ class Run(Training):
         charts = dict(SPS=SPS, env_steps=self.env_steps, lost_episodes=sum(self.lost.values())) | charts
         if not lost.all():
             charts["rollout_success"] = success[~lost].mean()
+        if not (self.iteration or success.any()):
+            limit = self.args.rollout_steps or self.venv.max_episode_steps
+            tqdm.write(f"note: none of {len(success)} episodes succeeded within --rollout-steps {limit}: while that is so, there is "
+                       "little to learn from")
         super().log(losses, **charts)
         self._bar.set_postfix(success=f"{100 * success.mean():.0f}%", SPS=f"{SPS:.0f}", refresh=False)
 
