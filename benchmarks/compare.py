@@ -153,7 +153,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        return f"{self.label}-{self.env_id}-{self.obs_mode}-{self.seed}"
+        return f"{self.label}-{harness.slug(self.env_id)}-{self.obs_mode}-{self.seed}"
 
     @property
     def arguments(self) -> list[str]:
@@ -197,6 +197,8 @@ def plan(args: Args) -> list[Job]:
     ablations = list(ABLATIONS) if args.ablations == [] else [f"stepnft-{n.removeprefix('stepnft-')}" for n in args.ablations or ()]
     if args.tuning and ablations:
         sys.exit("error: --tuning tries each of --algos, --ablations is another call")
+    if args.tuning and args.ood:
+        sys.exit("error: --ood evaluates on the reported episodes, on which --tuning chooses nothing")
     for label in ablations:
         if label not in ABLATIONS:
             sys.exit(f"error: no ablation {label}; there are {', '.join(ABLATIONS)}")
@@ -239,7 +241,7 @@ def interrupted(job: Job) -> dict | None:
         return None
     state = read(job.state)
     folder = ROOT / state["run"]
-    if state["command"] != job.command or not (folder / CHECKPOINT).exists():
+    if state["command"] != job.command or not (folder / CHECKPOINT).exists() or folder not in begun(job):
         return None
     return {"args": read(folder / "args.json")} | state  # resuming writes its own time limit to args.json
 
@@ -291,13 +293,19 @@ def run(job: Job) -> None:
     job.state.unlink()
 
 
+def begun(job: Job) -> set[Path]:
+    """Folders of runs that began by the job's command, as their checkpoints tell: others may run beside it, and begin alike."""
+
+    def commands(config: Path) -> list[str]:
+        return [made.get("command") for made in read(config)["meta"].values() if isinstance(made, dict)]
+
+    configs = (ROOT / "runs").glob("*/checkpoints/last/policy/config.json")
+    return {config.parents[3] for config in configs if job.command in commands(config)}
+
+
 def follow(job: Job, arguments: list[str], state: dict | None, log) -> tuple[dict | None, int]:
     """Start a process and wait for it; note its run folder as soon as there is one. Returns the state and the exit status."""
-
-    def folders() -> set[Path]:
-        return set((ROOT / "runs").glob(f"{job.algorithm}-{job.env_id}-{job.obs_mode}-{job.seed}-*"))
-
-    earlier = folders()
+    earlier = begun(job)
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=log, stderr=log, env=environment,
                                start_new_session=True)  # Ctrl-C comes to it from here alone, once
@@ -305,7 +313,7 @@ def follow(job: Job, arguments: list[str], state: dict | None, log) -> tuple[dic
         code = None
         while code is None:
             code = process.poll()
-            if not state and (new := folders() - earlier):
+            if not state and (new := begun(job) - earlier):
                 state = {"command": job.command, "run": str(min(new).relative_to(ROOT))}
                 write(job.state, state)
             time.sleep(0.2)
@@ -328,14 +336,15 @@ def evaluate_ood(job: Job, episodes: int) -> None:
     policy = ROOT / result.get("run", "unknown") / "policy"
     if not policy.is_dir():
         raise RunError("its folder under runs/ is gone, and with it the policy to evaluate")
-    output = ROOT / "runs" / "compare" / f"ood-{job.env_id.replace('/', '-')}-{job.obs_mode}"  # the start is evaluated once for all
+    output = ROOT / "runs" / "compare" / f"ood-{harness.slug(job.env_id)}-{job.obs_mode}"  # the start is evaluated once for all
     command = [sys.executable, "algos/evaluate.py", result["checkpoint"], str(policy), "--labels", "before", "after",
                "--suites", "ood", "--episodes", str(episodes), "--no-video", "--output", str(output)]
-    with open(job.state.with_suffix(".log"), "ab") as log:
-        code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log).returncode
-    if code:
-        raise RunError(f"evaluate.py ended with exit status {code}; its output is in {log.name}")
-    rows = {row["name"]: row["policies"] for row in read(output / "results.json")["rows"] if row["kind"] != "environment"}
+    with open(job.state.with_suffix(".log"), "ab") as log, open(output.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process has its own policy evaluated there
+        if code := subprocess.run(command, cwd=ROOT, stdout=log, stderr=log).returncode:
+            raise RunError(f"evaluate.py ended with exit status {code}; its output is in {log.name}")
+        found = read(output / "results.json")["rows"]
+    rows = {row["name"]: row["policies"] for row in found if row["kind"] != "environment"}
     total = rows.pop("OOD mean")
     write(job.target, result | {"ood": total["after"] | dict(episodes_per_variant=episodes, before=total["before"], families=rows)})
 
@@ -532,18 +541,18 @@ def report() -> None:
     parts = []
     for env_id, mode in sorted({place(r) for r in results + ablations + trials}):
         here, ablated, tried = ([r for r in found if place(r) == (env_id, mode)] for found in (results, ablations, trials))
-        task = f"{env_id} ({mode})"
+        task, file = f"{env_id} ({mode})", f"{harness.slug(env_id)}_{mode}.png"
         parts.append(f"### {task}")
         if here:
             lines = {f"{label}, n = {len(runs)}": (styles[label], runs) for label, runs in by_label(here).items()}
-            draw(images / f"comparison_{env_id}_{mode}.png", task, lines)
-            parts += [summary(here), f"![{task}](../images/comparison_{env_id}_{mode}.png)",
+            draw(images / f"comparison_{file}", task, lines)
+            parts += [summary(here), f"![{task}](../images/comparison_{file})",
                       "Each run, with 95 % Wilson intervals over its episodes:", each_run(here)]
             if table := out_of_distribution(here):
                 parts += ["Out of distribution, before → after:", table]
         if ablated:
-            draw_ablations(images / f"ablations_{env_id}_{mode}.png", f"ablations of StepNFT, {task}", by_label(ablated))
-            picture = f"![ablations, {task}](../images/ablations_{env_id}_{mode}.png)"
+            draw_ablations(images / f"ablations_{file}", f"ablations of StepNFT, {task}", by_label(ablated))
+            picture = f"![ablations, {task}](../images/ablations_{file})"
             parts += [f"Ablations, {task}:", each_variant(ablated), picture]
         if tried:
             parts += [f"Tuning trials, {task}, on the tuning episodes:", summary(tried)]

@@ -34,7 +34,8 @@ def load(folder: Path, pattern: str = "*.json") -> list[dict]:
     results = []
     for path in sorted(folder.glob(pattern)):
         if "curve" in (r := read(path)):
-            results.append(r | dict(path=path, label=path.stem.removesuffix(f"-{r['env_id']}-{r['obs_mode']}-{r['seed']}")))
+            task = re.sub(r"[^\w.=-]+", "-", r["env_id"])  # as harness.slug has it
+            results.append(r | dict(path=path, label=path.stem.removesuffix(f"-{task}-{r['obs_mode']}-{r['seed']}")))
     return sorted(results, key=lambda r: (r["label"], r["seed"]))
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,7 +42,7 @@ parser.add_argument("--num-threads", type=int, default=0)
 parser.add_argument("--eval-seed", type=int, default=7)
 parser.add_argument("--wait", action="store_true")
 args = parser.parse_args()
-run = pathlib.Path(args.resume or f"runs/fake-{args.env_id}-{args.obs_mode}-{args.seed}-{time.time_ns()}")
+run = pathlib.Path(args.resume or f"runs/fake-{args.env_id.replace('/', '-')}-{args.obs_mode}-{args.seed}-{time.time_ns()}")
 given = json.loads((run / "args.json").read_text()) if args.resume else vars(args)
 if given["seed"] == 2:
     print("line of progress\\r" * 30)
@@ -49,7 +50,10 @@ if given["seed"] == 2:
 run.mkdir(parents=True, exist_ok=True)
 (run / "args.json").write_text(json.dumps(given | {"max_minutes": args.max_minutes}))
 try:
-    (run / "checkpoints" / "last").mkdir(parents=True, exist_ok=True)
+    (run / "checkpoints" / "last" / "policy").mkdir(parents=True, exist_ok=True)
+    if not args.resume:
+        meta = dict(fake=dict(command="python " + shlex.join(sys.argv)), seed=1)
+        (run / "checkpoints" / "last" / "policy" / "config.json").write_text(json.dumps(dict(meta=meta)))
     (run / "checkpoints" / "last" / "training.json").write_text(json.dumps({"progress": {"trained_s": 360.0}}))
     time.sleep(60 * args.wait)
 except KeyboardInterrupt:
@@ -275,6 +279,21 @@ def test_a_run_by_other_arguments_is_not_gone_on_with(root, monkeypatch):
     assert compare.status(fake()) == "missing"
     compare.run(fake())
     assert len(list(root.glob("runs/fake-*"))) == 2 and "resumed_by" not in compare.read(fake().target)
+
+
+def test_runs_that_begin_side_by_side_are_told_apart(root):
+    jobs = [compare.Job(f"fake-{n}", "fake", "suite/3", "state", 1, f"--iterations {n}") for n in (20, 30)]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(compare.run, jobs))
+    for job, n in zip(jobs, (20, 30)):
+        assert job.target.name == f"fake-{n}-suite-3-state-1.json" and compare.read(job.target)["args"]["iterations"] == n
+    assert [r["label"] for r in compare.load(root / "benchmarks" / "results")] == ["fake-20", "fake-30"]
+
+
+def test_a_state_that_notes_another_job_s_run_is_not_followed(root, monkeypatch):
+    run, job = interrupt(fake(extra="--wait"), monkeypatch), fake(extra="--iterations 20")
+    compare.write(job.state, {"command": job.command, "run": str(run.relative_to(root))})
+    assert compare.status(job) == "missing"
 
 
 def test_what_ended_after_this_program_did_is_collected(root, monkeypatch):
