@@ -61,7 +61,7 @@ class Args(harness.RLArgs):
     noise_success: Share = 0.8
     """--noise-level auto: successes of exploring episodes for each success without that noise"""
     plain_every: Annotated[int, Field(ge=2)] = 8
-    """--noise-level auto: one of so many episodes (or groups) goes without that noise, to compare with, and is not learned from"""
+    """--noise-level auto: one of so many episodes (groups; at least one) goes without, to compare with, and is not learned from"""
     noise_gain: Positive = 0.25
     """--noise-level auto: by how much of what the ratio is off the level's logarithm moves in an iteration"""
     noise_memory: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -94,7 +94,7 @@ class Args(harness.RLArgs):
     learning_rate: Positive = 1e-4
     """Adam's (authors: 1e-5 LIBERO, 8e-6 ManiSkill, at 3 B parameters), from which --divergence steers it"""
     divergence: PositiveOrZero = 0.05
-    """KL divergence of θ's solver steps from θ_old's, on average, that the learning rate is steered to; 0: it stays (the paper)"""
+    """KL divergence of θ's solver steps, within --max-drift, from θ_old's, to which the learning rate is steered; 0: not (paper)"""
     rate_step: Annotated[float, Field(gt=1)] = 1.3
     """--divergence: the most that an iteration multiplies or divides the learning rate by"""
     loss: Literal["ranking", "wmse", "positive", "negative"] = "ranking"
@@ -230,10 +230,10 @@ def stepnft_loss(
     kwargs = dict(num_steps=num_steps, noise_level=noise_level)
     mean_plus, std = flow_sde_step(x_t, v_old + beta * dv, step, **kwargs)
     mean_minus, _ = flow_sde_step(x_t, v_old - beta * dv, step, **kwargs)
-    if target == "x0":
-        t = (1 - step / num_steps).view(-1, 1, 1)
-        mean_plus, mean_minus = (x_t - t * (v_old + sign * beta * dv) for sign in (1, -1))
     variance = std**2 + std_eps
+    apart = (weight * (mean_plus - mean_minus).detach() ** 2 / variance).sum()
+    if target == "x0":
+        mean_plus, mean_minus = (x_t - (1 - step / num_steps).view(-1, 1, 1) * (v_old + sign * beta * dv) for sign in (1, -1))
     energy_plus = (weight * (x_next - mean_plus) ** 2 / variance).sum(-1)  # (B, H)
     energy_minus = (weight * (x_next - mean_minus) ** 2 / variance).sum(-1)
     y = {"positive": labels.clamp(min=0), "negative": labels.clamp(max=0)}.get(loss, labels).view(-1, 1)
@@ -251,7 +251,7 @@ def stepnft_loss(
         positions, ranked = weight.amax(-1, keepdim=True), counted * (y != 0)
         metrics = dict(
             ranking=ranking.detach(),
-            divergence=(weight * (mean_plus - mean_minus) ** 2 / variance).sum() / (8 * beta**2 * len(x_t)),
+            divergence=apart / (8 * beta**2 * len(x_t)),
             pref_acc=((margin < 0) * ranked).sum() / ranked.sum().clamp(min=1),
             drift=(norm * positions).sum() / positions.sum(),
             drift_limited=((norm > max_drift) * positions).sum() / positions.sum(),
@@ -305,7 +305,7 @@ def steered_noise(level: float, exploring: float, plain: float, target: float, g
 
 def steered_rate(scale: float, divergence: float, target: float, step: float) -> float:
     """The next scale of the learning rate: the divergence grows with its square, and comes to `target` by factors up to `step`."""
-    return scale * float(np.clip((target / max(divergence, 1e-12)) ** 0.5, 1 / step, step))
+    return min(100.0, scale * float(np.clip((target / max(divergence, 1e-12)) ** 0.5, 1 / step, step)))
 
 
 class SuccessPredictor(nn.Module):
@@ -374,14 +374,14 @@ def main(args: Args) -> None:
     predictor = SuccessPredictor(policy, args.predictor_width).to(device)
     predicting = list(predictor.parameters()) if args.labels == "predicted" else []
     groups = [dict(params=parameters), dict(params=predicting, lr=args.predictor_learning_rate)]
-    fused = device.type == "cuda"  # no temporary copies
-    optimizer = torch.optim.Adam(groups, lr=args.learning_rate, betas=(0.9, 0.95), eps=1e-5, fused=fused)  # the authors'
+    optimizer = torch.optim.Adam(groups, args.learning_rate, (0.9, 0.95), eps=1e-5, fused=device.type == "cuda")  # the authors'
     memory = deque(maxlen=args.predictor_iterations)  # what was seen in the last iterations, and what came of it
     if args.compile:
         policy.velocity, rollout_policy.velocity = torch.compile(policy.velocity), torch.compile(rollout_policy.velocity)
     mask = run.mask if args.mask_padding else torch.ones_like(run.mask)
     run.make_envs(policy)
     E, G = args.num_envs * args.rollout_epochs, args.group_size
+    every = max(2, min(args.plain_every, E // G))
     # What is steered, noise level and learning rate's scale; sums of exploring and plain episodes' success, and their weight
     first_level = args.noise_start if args.noise_level == "auto" else args.noise_level
     steered = level, scale, successes = torch.tensor(first_level), torch.ones(()), torch.zeros(3)
@@ -394,7 +394,7 @@ def main(args: Args) -> None:
         batches, prefixes = [], run.prefixes()
         rollout = run.rollout(run.rng.integers(envs.TRAIN_SEEDS, size=E // G).repeat(G))  # G episodes from each initial state
         group = np.arange(len(rollout.seeds)) // G  # (E,), this rank's
-        plain = (group % args.plain_every == args.plain_every - 1) & (args.noise_level == "auto")  # (E,) the steps have no noise
+        plain = (rollout.among_all // G % every == every - 1) & (args.noise_level == "auto")  # (E,) the steps have no noise
         levels = torch.from_numpy(np.where(plain, 0, float(level))).float().to(device)[:, None, None]
         with run.acting(rollout_policy) as acting:
             for turn in rollout:  # the next chunk of the episodes that are still running
@@ -424,7 +424,7 @@ def main(args: Args) -> None:
             used, outcome = torch.from_numpy(keep).to(device), torch.from_numpy(success[episode]).float().to(device)
             losses.add(dict(predictor=F.binary_cross_entropy_with_logits(told[used], outcome[used])))
             memory.append([chunks.seen[used], outcome[used]])
-            seen, outcome = map(torch.cat, zip(*memory))
+            seen, outcome = (torch.cat([each.to(device) for each in kept]) for kept in zip(*memory))
             for _ in range(args.predictor_epochs):
                 for minibatch in run.minibatches(np.ones(len(seen), bool)):
                     optimizer.zero_grad()
@@ -444,8 +444,8 @@ def main(args: Args) -> None:
 
         # ---------------------------------------------------------------------- update θ
         policy.train()
-        rate, warmup = args.learning_rate * float(scale), max(1, args.warmup_iterations)
-        optimizer.param_groups[0]["lr"] = rate * min(1.0, (iteration + 1) / warmup)
+        warmed_up = min(1.0, (iteration + 1) / max(1, args.warmup_iterations))
+        optimizer.param_groups[0]["lr"] = args.learning_rate * float(scale) * warmed_up
         for _ in range(args.update_epochs):
             for minibatch in run.minibatches(keep):  # none where no group has contrast
                 optimizer.zero_grad()

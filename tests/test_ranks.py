@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -233,6 +234,21 @@ def test_two_ranks_do_the_work_of_one_process(case, checkpoint, tmp_path):
         torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=2e-7, msg=lambda text, name=name: f"{name}: {text}")
         moved += name.endswith("exp_avg") and bool(tensor.any())
     assert moved > 5
+
+
+def test_a_group_of_episodes_has_one_task(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = stepnft_pi0.Args(**OPTIONS | dict(checkpoint=str(checkpoint), labels="group", group_size=4))
+    run = harness.Run("stepnft", args, "pi0")
+    policy = run.load_policy()
+    two = envs.make("Point-v0", 8, obs_mode="state", num_workers=0, chunk=4)
+    two.tasks = ["a"] * 2 + ["b"] * 6
+    with mock.patch.object(harness.run, "make_envs", return_value=two), \
+            pytest.raises(harness.RunError, match="each of 2 tasks needs a multiple of --group-size 4"):
+        run.make_envs(policy)
+    two.tasks = ["a"] * 4 + ["b"] * 4
+    with mock.patch.object(harness.run, "make_envs", return_value=two):
+        assert run.make_envs(policy) is two
 
 
 def test_a_run_with_a_predictor_goes_on_as_if_never_stopped(checkpoint, tmp_path):

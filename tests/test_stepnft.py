@@ -377,6 +377,7 @@ def test_the_learning_rate_settles_where_the_divergence_does():
             scale = nft.steered_rate(scale, 0.05 * (rate * scale) ** 2, 0.05, 1.3)
         assert rate * scale == pytest.approx(1)
     assert nft.steered_rate(1.0, 0.0, 0.05, 1.3) == 1.3  # an update that moved nothing
+    assert nft.steered_rate(90.0, 0.01, 0.05, 1.3) == 100  # what cannot be reached does not raise it for ever
 
 
 def test_the_divergence_is_that_of_the_solver_steps():
@@ -388,6 +389,8 @@ def test_the_divergence_is_that_of_the_solver_steps():
     for beta in (1.0, 0.5):
         told = loss_of(data, std_eps=0.0, max_drift=10.0, beta=beta)[1]["divergence"]
         assert told.item() == pytest.approx(expected.item())
+    ablation = loss_of(data, std_eps=0.0, max_drift=10.0, target="x0")[1]["divergence"]  # which judges the branches, not the steps
+    assert ablation.item() == pytest.approx(expected.item())
 
 
 def test_the_decay_rises_on_a_cosine_and_stays():
