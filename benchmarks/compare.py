@@ -81,16 +81,17 @@ TRIALS = {
     "stepnft": ["", "--learning-rate 3e-5", "--update-epochs 4 --learning-rate 3e-5", "--noise-level 0.4"],
     "ppo": ["", "--learning-rate 1e-5 --noise-level 0.5", "--noise-level 0.5", "--noise-level 0.5 --no-bootstrap"],
     "grpo": ["", "--learning-rate 1e-4 --noise-level 0.5", "--noise-level 0.5", "--learning-rate 1e-4"],
-    "nft": ["", "--learning-rate 1e-4", "--learning-rate 1e-4 --labels binary", "--learning-rate 1e-4 --beta 0.1",
-            "--ema-start 0.9 --ema-end 0.9", "--draws 16", "--learning-rate 1e-5", "--weighting adaptive",
-            "--times solver"],
-    "rft": ["", "--noise-level 0.3", "--learning-rate 3e-5 --noise-level 0.3", "--noise-level 0.3 --contrast --group-size 4",
-            "--learning-rate 3e-5", "--learning-rate 1e-5 --draws 16", "--learning-rate 3e-5 --noise-level 0.7",
-            "--learning-rate 3e-5 --contrast --group-size 4", "--replay 40"],
+    "nft": [*(f"{extra} --weighting none" for extra in (
+        "", "--learning-rate 1e-4", "--learning-rate 1e-4 --labels binary", "--learning-rate 1e-4 --beta 0.1",
+        "--ema-start 0.9 --ema-end 0.9", "--draws 16", "--learning-rate 1e-5")), "", "--times solver"],
+    "rft": [*(f"{extra} --replay 1" for extra in (
+        "--learning-rate 1e-4", "--learning-rate 1e-4 --noise-level 0.3", "--noise-level 0.3",
+        "--learning-rate 1e-4 --noise-level 0.3 --contrast --group-size 4", "", "--learning-rate 1e-5 --draws 16",
+        "--noise-level 0.7", "--contrast --group-size 4")), ""],
     "critic": ["", "--distance 0.06", "--distance 0.015", "--n-step 8"],
 }
 """Algorithm → what --tuning tries, as changes to its plain command, TUNING long: four trials each, and five more for those that no
-trial of the first four had improved."""
+trial of the first four had improved. The results of 0.1.0 were named by changes to the defaults of then."""
 TUNING = f"--iterations 40 --max-minutes 0 --eval-seed {envs.TUNING_SEED}"
 
 OTHERS = {"nft-predicted": ("nft", "--labels predicted --group-size 1 --noise-level 0.7 --learning-rate 1e-4")}
@@ -210,7 +211,7 @@ def plan(args: Args) -> list[Job]:
             sys.exit(f"error: no TRIALS for {name}; there are some for {', '.join(TRIALS)}")
     if args.tuning:
         entries = {
-            slug(f"{algorithm} {extra or 'default'}"): (algorithm, f"{extra} {TUNING}", "tuning")
+            slug(f"{algorithm} {extra.strip() or 'default'}"): (algorithm, f"{extra} {TUNING}", "tuning")
             for trials in zip_longest(*(zip(repeat(a), TRIALS[a.removesuffix("-pi05")]) for a in algos))
             for algorithm, extra in filter(None, trials)
         }

@@ -2,6 +2,7 @@
 
 import fcntl
 import importlib
+import itertools
 import json
 import shlex
 import shutil
@@ -200,8 +201,8 @@ def test_every_ablation_and_trial_is_valid_and_changes_something():
         assert (asdict(args) == asdict(stepnft_pi0.Args())) == (label == "stepnft-default"), extra
     for algorithm, trials in [*compare.TRIALS.items(), *((algorithm, [extra]) for algorithm, extra in compare.OTHERS.values())]:
         module = importlib.import_module(f"pi_stepnft.{compare.program(algorithm)[:-3].replace('/', '.')}")
-        for extra in trials:
-            arguments(module, f"{extra} {compare.TUNING}")
+        tried = [asdict(arguments(module, f"{extra} {compare.TUNING}")) for extra in trials]
+        assert all(one != other for one, other in itertools.combinations(tried, 2)), algorithm
     offline = ("sft", "pretrain", "evaluate")
     online = {path.stem.partition("_")[0] for path in (ROOT / "algos").glob("*.py")} - set(offline)
     assert online == set(compare.TRIALS)
