@@ -276,7 +276,9 @@ def main(args: Args) -> None:
         chance, executed = chunks.chance[every, chunks.chosen], chunks.acts[every, chunks.chosen]  # (M,), (M, D)
         fields = chunks.seen, executed, chunks.seen[later], chunks.acts[later], ended, outcome
         replay.append([field[used] for field in fields])
-        seen, acts, later_seen, later_acts, ended, outcomes = map(torch.cat, zip(*replay))
+        seen, acts, later_seen, later_acts, ended, outcomes = (
+            torch.cat([each.to(device) for each in kept]) for kept in zip(*replay)
+        )
         losses = harness.Averages()
         for _ in range(args.critic_epochs):
             drawn = torch.randperm(len(seen)) < int(keep.sum())

@@ -303,7 +303,7 @@ def main(args: Args) -> None:
             used, outcome = torch.from_numpy(keep).to(device), torch.from_numpy(success[episode]).float().to(device)
             losses.add(dict(predictor=F.binary_cross_entropy_with_logits(told[used], outcome[used])))
             memory.append([chunks.seen[used], outcome[used]])
-            seen, outcome = map(torch.cat, zip(*memory))
+            seen, outcome = (torch.cat([each.to(device) for each in kept]) for kept in zip(*memory))
             for _ in range(args.predictor_epochs):
                 for minibatch in run.minibatches(np.ones(len(seen), bool)):
                     optimizer.zero_grad()

@@ -180,7 +180,8 @@ def main(args: Args) -> None:
             prefixes = run.prefixes()
             for kept in replay:
                 prefixes.append(batch.from_rows(*kept[: len(fields)]))
-            chunks = Chunks(*map(torch.cat, zip(*(kept[len(fields) :] for kept in replay))))
+            remembered = zip(*(kept[len(fields) :] for kept in replay))
+            chunks = Chunks(*(torch.cat([each.to(device) for each in kept]) for kept in remembered))
             keep = (torch.randperm(len(chunks.state)) < len(used)).numpy()
         M = len(keep)
 

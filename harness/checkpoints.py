@@ -59,7 +59,7 @@ class Lost:
     broken: Steps
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Progress:
     """Attributes of a training that go with its checkpoints."""
 
@@ -67,9 +67,10 @@ class Progress:
     iteration: CountOrZero
     trained_s: PositiveOrZero
     bad_updates: Steps
+    peak_gb: PositiveOrZero = 0.0  # checkpoints of 0.1.0 have none
 
 
-@dataclass
+@dataclass(kw_only=True)
 class RLProgress(Progress):
     env_steps: Steps
     curve: list[Point]
@@ -164,10 +165,9 @@ def restore(
     optimizer: torch.optim.Optimizer,
     rng: np.random.Generator,
     unsaved: dict[str, list[torch.Tensor]],
-    device: torch.device | str = "cpu",
 ) -> tuple[dict, list[list[torch.Tensor]]]:
     """Give optimizer, rng and the `unsaved` tensors the states of a checkpoint; returns its progress and, of its memory, this
-    rank's rows, on `device`.
+    rank's rows, on the CPU: some of them are there by choice.
 
     The policies are loaded by `policies.load`. Raises CheckpointError where the checkpoint is that of another training.
     """
@@ -185,7 +185,7 @@ def restore(
         while f"memory.{len(memory)}.0" in tensors:
             place = f"memory.{len(memory)}."
             names = sorted((key for key in tensors if key.startswith(place)), key=lambda key: int(key.removeprefix(place)))
-            memory.append([tensors.pop(name).tensor_split(ranks.SIZE)[ranks.RANK].to(device) for name in names])
+            memory.append([tensors.pop(name).tensor_split(ranks.SIZE)[ranks.RANK] for name in names])
         state: dict[int, dict[str, torch.Tensor]] = {}
         for key, value in tensors.items():
             _, index, kind = key.split(".")

@@ -377,20 +377,17 @@ def start(cwd, name: str, *arguments):
     return only_run(cwd)
 
 
-EXACT = {"rft": ("--replay", 1)}  # its successes of earlier iterations do not outlive a stop
-
-
 @pytest.fixture(scope="module")
 def straight(checkpoints, tmp_path_factory):  # noqa: F811
     """Two uninterrupted iterations of each algorithm: name -> run folder."""
     folder, arguments = tmp_path_factory.mktemp("straight"), ["--checkpoint", checkpoints["state"], "--iterations", 2]
     with lots():
-        return {name: start(folder / name, name, *arguments, *EXACT.get(name, ())) for name in MODULES}
+        return {name: start(folder / name, name, *arguments) for name in MODULES}
 
 
 @pytest.mark.parametrize("name", ["grpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("nft", "rft"))])
 def test_a_run_is_resumed_as_if_never_stopped(name, straight, checkpoints, draw_lots, tmp_path):  # noqa: F811
-    whole, one = straight[name], ["--iterations", 1, *EXACT.get(name, ())]
+    whole, one = straight[name], ["--iterations", 1]
     arguments = [name, "--checkpoint", checkpoints["state"], *one]
     parts = start(tmp_path / "parts", *arguments)
     assert parts.name.startswith(f"{name}-PickCube-v1-state-1-")
