@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
 from collections.abc import Iterable
 from functools import partial
@@ -113,11 +112,6 @@ class ChunkEnv(gym.vector.VectorEnv):
                 raise EnvError(f"reset takes one {name} per environment ({self.num_envs}), got an array of shape {array.shape}")
         check_seeds(seeds[mask])
         seeds = np.where(mask, seeds, 0).astype(int)
-        if len(set(zip(seeds[mask].tolist(), itertools.compress(self.tasks, mask)))) > len(set(seeds[mask].tolist())):
-            raise EnvError(
-                f"environments of one group (equal seeds) have different tasks: the number of environments per task "
-                f"({self.num_envs} for {len(set(self.tasks))} tasks) must be a multiple of the group size"
-            )
         return seeds, mask
 
     def _step_argument(self, chunk: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

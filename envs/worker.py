@@ -221,12 +221,13 @@ class Commands:
 
     def reset(self, jobs: list[tuple]) -> list[tuple]:
         first, image, state = {}, self.arrays["image"], self.arrays["state"]
-        for i, slot, seed in jobs:  # equal seeds make a group, whose first picture is drawn once
+        for i, slot, seed in jobs:  # equal seeds of a task make a group, whose first picture is drawn once
             self.envs[i].reset(seed)
-            if first.setdefault(seed, slot) == slot:
+            drawn = first.setdefault((self.envs[i].task, seed), slot)
+            if drawn == slot:
                 self.envs[i].observe(image[slot], state[slot])
             else:
-                image[slot], state[slot] = image[first[seed]], state[first[seed]]
+                image[slot], state[slot] = image[drawn], state[drawn]
         return [(slot, self.envs[i].instruction) for i, slot, _ in jobs]
 
     def step(self, jobs: list[tuple]) -> list[tuple]:

@@ -515,13 +515,6 @@ def test_the_replay_rests_after_the_demonstration():
         assert not told[0, 4:, :6].any() and (told[0, 4:, 6] == demonstration[-1, 6]).all()
 
 
-def test_a_group_has_one_task():
-    suite = Suite(tasks=2, each=2)
-    suite.reset(seed=[1, 1, 2, 2], options={})
-    with pytest.raises(EnvError, match="must be a multiple of the group size"):
-        suite.reset(seed=[1, 1, 1, 1], options={})
-
-
 def test_a_suites_interval_is_wilsons_over_all_its_episodes():
     rng = np.random.default_rng(0)
     names = {f"{suite}/{i}": suite for suite in ("libero_object", "libero_goal") for i in range(10)}

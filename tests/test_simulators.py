@@ -13,6 +13,7 @@ import toy_simulator
 from pi_stepnft import envs
 from pi_stepnft.envs import demos
 from pi_stepnft.envs.base import EnvError
+from pi_stepnft.envs.worker import Commands
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -45,6 +46,26 @@ def test_a_simulator_in_one_file_runs_in_the_pool(pool):
         steps += info["steps"]
     assert terminated.all() and info["success"].all() and not truncated.any()
     assert (steps >= far).all() and (steps <= far + 1).all() and steps[0] == steps[1]
+
+
+def test_equal_seeds_share_a_first_picture_within_a_task_alone():
+    class Numbered:
+        instruction, drawn = "", 0
+
+        def __init__(self, task: str):
+            self.task = task
+
+        def reset(self, seed: int) -> None:
+            self.seed = seed
+
+        def observe(self, image: np.ndarray, state: np.ndarray) -> None:
+            Numbered.drawn += 1
+            state[:] = int(self.task), self.seed
+
+    commands = Commands([Numbered(task) for task in "1122"], memory=0)
+    commands.arrays = dict(image=np.zeros((4, 0)), state=np.zeros((4, 2)))
+    commands.reset([(i, i, 7) for i in range(4)])
+    assert commands.arrays["state"].tolist() == [[1, 7], [1, 7], [2, 7], [2, 7]] and Numbered.drawn == 2
 
 
 def test_its_options_demonstrations_and_suites_need_nothing_more(toy, tmp_path):
