@@ -236,6 +236,8 @@ def main(args: Args) -> None:
     image_size = agree("image size", {c.label: c.policy.config.image_size * (obs_mode == "rgb") for c in contestants})
     fixed = dict(obs_mode=obs_mode, image_size=image_size or 96, video_size=224, chunk=1, observe_terminal=False,
                  step_timeout=args.step_timeout)  # as in training
+    if args.env_options is None:  # what was trained with, and is not this program's to choose
+        given = tuple(option for option in given if option.partition("=")[0] not in fixed)
     options = harness.env_options(given, fixed | dict(env_id=env_id, num_envs=args.num_envs))
     simulator = envs.simulator(env_id)
     if env_id != simulator.task_of(env_id):

@@ -30,8 +30,8 @@ class Args(harness.RLArgs):
 
     # rollout
     rollout_steps: CountOrZero | None = None
-    """steps after which a training episode is cut off; 0: the task's own limit, as in evaluations (authors' ManiSkill: 80). Default:
-    0.64 of that limit, 32 of 50"""
+    """steps, in whole chunks, after which a training episode is cut off; 0: the task's own limit, as in evaluations (authors'
+    ManiSkill: 80). Default: 0.64 of that limit, 32 of 50"""
     noise: Literal["sde", "learned"] = "sde"
     """sde: Flow-SDE, one random solver step of a chunk is noisy; learned: Flow-Noise, all are, by a noise network"""
     noise_level: Positive = 1.0

@@ -153,7 +153,7 @@ def main(args: Args) -> None:
     episode = np.repeat(np.arange(len(data.start)), np.diff(np.append(data.start, len(chunks))))  # (N,) that each row belongs to
     is_held_out = np.isin(episode, order[: args.val_demos])
     train, held_out = (torch.from_numpy(np.flatnonzero(chosen)) for chosen in (~is_held_out, is_held_out))  # rows
-    held_out = held_out[:: max(1, len(held_out) // 256)]
+    held_out = held_out[:: -(-len(held_out) // 256) or 1]
 
     # Policy
     if not policy:

@@ -157,7 +157,7 @@ def collect(
         scenes = tasks
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")  # another program may collect the same
     done, tried = 0, 0
     try:
         with h5py.File(temporary, "w") as file, tqdm(total=count, desc="demonstrations", disable=not progress) as bar:

@@ -125,8 +125,8 @@ class RLArgs(TrainArgs):
     rollout_epochs: Count = 4
     """rounds of episodes per iteration: num_envs × rollout_epochs episodes (authors: 64 × 8 LIBERO, 128 × 10 ManiSkill)"""
     rollout_steps: CountOrZero | None = None
-    """steps after which a training episode is cut off and counts as failed; 0: the task's own limit, as in evaluations (authors'
-    ManiSkill: 60, evaluation 80). Default: 0.64 of that limit, 32 of 50"""
+    """steps, in whole chunks, after which a training episode is cut off and counts as failed; 0: the task's own limit, as in
+    evaluations (authors' ManiSkill: 60, evaluation 80). Default: 0.64 of that limit, 32 of 50"""
     overlap: bool = False
     """simulate one half of the environments while the policy acts for the other; pays where the policy has a GPU of its own"""
     execute: SizeOrZero = 0

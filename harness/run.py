@@ -144,7 +144,7 @@ class Training:
         if self.resumed:
             for name in () if lora else others:
                 policies.load_weights(trained[name], self.resumed / name / "model.safetensors")
-            progress, kept = checkpoints.restore(self.resumed, optimizer, self.rng, self.unsaved, self.device)
+            progress, kept = checkpoints.restore(self.resumed, optimizer, self.rng, self.unsaved)
             self.memory.extend(kept)
             pointer = self.resumed.parent / checkpoints.POINTER
             ranks.first(lambda: checkpoints.link(pointer, self.resumed.name))  # a damaged one was passed over
@@ -354,6 +354,9 @@ class Run(Training):
         self.venv = make_envs(self.args, **ranks.share(self.args.num_envs), chunk=self.execute, image_size=policy.config.image_size,
                               observe_terminal=False)
         check_fit(policy, self.venv, self.checkpoint)
+        tasks, G = self.venv.tasks, getattr(self.args, "group_size", 1)
+        if any(len(set(tasks[i : i + G])) > 1 for i in range(0, len(tasks), G)):
+            raise RunError(f"--num-envs {self.args.num_envs}: each of {len(set(tasks))} tasks needs a multiple of --group-size {G}")
         if self.args.rollout_steps is None:
             self.args.rollout_steps = round(CUT * self.venv.max_episode_steps)
         if self.args.overlap and not self.venv.overlaps:
@@ -393,8 +396,9 @@ class Run(Training):
 
     def begin(self, trained: dict[str, policies.Pi0], optimizer: torch.optim.Optimizer, **kept: Any) -> None:
         """As every training's; the start is evaluated. kept: its unsaved and memory."""
+        task = dict(env_id=self.args.env_id, obs_mode=self.args.obs_mode)
         for policy in trained.values():
-            policy.meta = policy.meta | dict(execute=self.execute, num_steps=self.args.num_steps)
+            policy.meta = policy.meta | task | dict(execute=self.execute, num_steps=self.args.num_steps)
         base = self.checkpoint if policies.layouts.is_hub_id(self.checkpoint) else Path(self.checkpoint).name
         super().begin(trained, optimizer, **kept, total=self.args.iterations, base=base)
         if not self.curve:
@@ -413,8 +417,8 @@ class Run(Training):
             charts["rollout_success"] = success[~lost].mean()
         if not (self.iteration or success.any()):
             limit = self.args.rollout_steps or self.venv.max_episode_steps
-            tqdm.write(f"note: none of {len(success)} episodes succeeded within --rollout-steps {limit}: while that is so, there is "
-                       "little to learn from")
+            tqdm.write(f"note: none of {len(success)} episodes succeeded within --rollout-steps {limit}: while that is so, little "
+                       "can be learned")
         super().log(losses, **charts)
         self._bar.set_postfix(success=f"{100 * success.mean():.0f}%", SPS=f"{SPS:.0f}", refresh=False)
 
@@ -536,7 +540,10 @@ def make_envs(args: TaskArgs, **fixed: Any):
 
 
 def check_fit(policy: policies.Pi0, venv, name: str) -> None:
-    """Raise RunError where a policy called `name` takes other states or actions than the environments have."""
+    """Raise RunError where a policy called `name` takes other states or actions, or fewer cameras, than the environments have."""
+    if 0 < policy.config.num_cameras < len(venv.cameras):
+        raise RunError(f"{name} takes {policy.config.num_cameras} cameras, {venv.spec.env_id} has {', '.join(venv.cameras)}: "
+                       "choose by --env-options cameras=…, or use its policy")
     _compare(policy, venv.single_observation_space["state"].shape[0], venv.action_dim, venv.spec.env_id, name)
 
 

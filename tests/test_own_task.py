@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from pi_stepnft import envs, policies
+from pi_stepnft import envs, harness, policies
 from pi_stepnft.envs import demos, vulkan
 from pi_stepnft.envs.base import EnvError
 from pi_stepnft.envs.maniskill import Camera, ManiSkillSpec
@@ -214,6 +214,12 @@ def test_a_task_that_the_program_has_imported_and_one_that_it_registers_itself(f
     assert shape == "(1, 30)" and "move it to a module, and call it my_module:MyBall-v1" in told, done.stderr
 
 
+def test_a_policy_that_sees_fewer_cameras_is_told_in_one_line(pool):
+    policy = policies.Pi0(policies.Pi0Config.tiny(num_cameras=1, image_size=48, vlm_depth=1, vision_depth=1))
+    with pytest.raises(harness.RunError, match="mine takes 1 cameras, .* has wall_camera, fetch_head, fetch_hand: choose by"):
+        harness.check_fit(policy, pool, "mine")
+
+
 def test_an_own_task_is_trained(folder, tmp_path):
     torch.manual_seed(0)
     config = policies.Pi0Config.tiny(
@@ -222,7 +228,7 @@ def test_an_own_task_is_trained(folder, tmp_path):
     policy = policies.Pi0(config)
     norms = policies.NormStats.identity(30), policies.NormStats.identity(12)
     policy.processor = policies.Processor(config, policies.Tokenizer(), *norms)
-    policy.meta = dict(env_id=TASK, obs_mode="rgb", execute=4)
+    policy.meta = dict(execute=4)  # as of others: what it was trained on is not known
     policies.save(policy, tmp_path / "start")
     arguments = (
         f"--env-id {TASK} --obs-mode rgb --checkpoint start --iterations 2 --num-envs 2 --rollout-epochs 1 --group-size 2 "
@@ -234,4 +240,5 @@ def test_an_own_task_is_trained(folder, tmp_path):
     (run,) = (tmp_path / "runs").iterdir()
     result = json.loads((run / "result.json").read_text())
     assert ":" not in run.name and result["after"]["episodes"] == 2
-    assert policies.load(run / "policy").meta["env_id"] == TASK
+    meta = policies.load(run / "policy").meta
+    assert (meta["env_id"], meta["obs_mode"], result["args"]["rollout_steps"]) == (TASK, "rgb", round(0.64 * 12))
