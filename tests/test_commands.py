@@ -79,6 +79,8 @@ INSTEAD = {
     r"--env-id libero_object (?=.*things=suite)": "--env-id libero_object/0 --checkpoint pi0-tiny-libero-object-state ",
     r"--suite (libero_\w+)": r"--suite \1/0 --env-options max_episode_steps=10",
     r"--env-id (libero_\w+)(?!\S)": r"--env-id \1/0 --env-options max_episode_steps=10",
+    r"(MyTask-v1 --dataset )DEMONSTRATIONS (--output runs/sft)":
+        r"\1mine.h5 \2-state --obs-mode state",
     r"DEMONSTRATIONS": "datasets/libero_object",
 }
 """What is put for what is not here, or is large."""
@@ -202,7 +204,7 @@ def checkout(tmp_path_factory) -> Path:
     random_policy(folder / "runs" / "sft", env_id="my_tasks:MyTask-v1")
     random_policy(folder / "runs" / "pretrained")
     random_policy(folder / "runs" / "pretrained-pi05-state", "pi05", state=42, cameras=0)
-    write_openpi(folder / "given" / "pi0_maniskill", random_policy(folder / "pi0-maniskill"))
+    write_openpi(folder / "given" / "pi0_maniskill", random_policy(folder / "given" / "pi0_of_maniskill"))
     for kind in policies.checkpoint.TYPES:
         random_policy(folder / "checkpoints" / f"{kind}-maniskill", kind)
         for suite in ("libero_spatial", "libero_object", "libero_goal", "libero_10"):
@@ -217,7 +219,9 @@ def checkout(tmp_path_factory) -> Path:
     write_libero(folder / "datasets" / "libero_object" / "put_it_there_demo.hdf5", episodes, "put it there")
     for episode in episodes:
         episode["state"] = np.zeros((len(episode["action"]), 42), np.float32)
-    write_maniskill(folder / "trajectory.state.pd_ee_delta_pose.physx_cpu.h5", episodes, "state")
+    write_maniskill(recorded := folder / "trajectory.state.pd_ee_delta_pose.physx_cpu.h5", episodes, "state")
+    shutil.copy(recorded, folder / "mine.h5")  # as ManiSkill records a task of one's own
+    (folder / "mine.json").write_text(recorded.with_suffix(".json").read_text().replace("PickCube-v1", "MyTask-v1"))
     return folder
 
 
