@@ -1,7 +1,8 @@
 # Docs: docs/nft.md. RL without a likelihood: python algos/nft.py --env-id PickCube-v1 (π0.5: --policy pi05)
 """DiffusionNFT (arXiv 2509.16117v2) for π0 and π0.5: ODE rollouts, flow matching at fresh noise on the executed chunks, by an
-implicit positive and an implicit negative policy weighted by success, a slowly moving rollout policy. Past the paper, if asked for:
-noise on solver steps, and labels of a success predictor, which do not tell from what state a chunk was executed."""
+implicit positive and an implicit negative policy weighted by success, a slowly moving rollout policy. Past the paper, by default:
+noise on solver steps, and labels of a success predictor, which do not tell from what state a chunk was executed. The paper's, which
+stand still here: --labels group --group-size 16 --noise-level 0 --learning-rate 3e-5."""
 
 from __future__ import annotations
 
@@ -33,17 +34,17 @@ class Args(harness.RLArgs):
     """bundled policy to start from, by default pi0; with --checkpoint that says which it is"""
 
     # rollout
-    noise_level: PositiveOrZero = 0.0
+    noise_level: PositiveOrZero = 0.7
     """a of σ_t = a·sqrt(t / (1 − t)), exploration noise on every solver step, which the method's theory does not cover; 0: the ODE
     (the paper), whose only noise is the initial one (docs/notebook/nft.md)"""
-    group_size: Count = 16
+    group_size: Count = 1
     """episodes from one initial state (authors: 24 pictures per prompt; label group needs more than 1)"""
 
     # what is learned from
-    labels: Literal["binary", "group", "predicted"] = "group"
+    labels: Literal["binary", "group", "predicted"] = "predicted"
     """optimality r of a chunk. binary: 1 after success, 0 after failure; group: success relative to the episodes from the same
-    initial state (the paper); predicted: how much the chunk changes the chance of success, which a small network learns to predict
-    (with --group-size 1 --noise-level 0.7 --learning-rate 1e-4)"""
+    initial state (the paper, with --group-size 16); predicted: how much the chunk changes the chance of success, which a small
+    network, a critic, learns to predict"""
     gae_lambda: Share = 0.7
     """λ of label predicted: 0 believes the predictions, 1 the outcome"""
     label_deviations: Positive = 2.0
@@ -60,8 +61,8 @@ class Args(harness.RLArgs):
     # update
     update_epochs: Count = 1
     """passes over each iteration's chunks, each at fresh noise and times"""
-    learning_rate: Positive = 3e-5
-    """Adam's"""
+    learning_rate: Positive = 1e-4
+    """Adam's (label group ruins the policy above 3e-5)"""
     draws: Size = 4
     """noise/time draws per chunk and pass: they share its prefix and cost little"""
     beta: Positive = 1.0

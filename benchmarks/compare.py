@@ -1,7 +1,7 @@
 """Algorithms side by side: runs what is missing, then writes tables, pictures and commands into docs/.
 
     python benchmarks/compare.py --algos stepnft ppo stepnft-pi05 --tasks PickCube-v1 --obs-mode state --seeds 1 2 3
-    python benchmarks/compare.py --algos stepnft ppo grpo nft-predicted rft critic --iterations 60 --seeds 1 2 3
+    python benchmarks/compare.py --algos stepnft ppo grpo nft rft critic --iterations 60 --seeds 1 2 3
     python benchmarks/compare.py --ablations loss-wmse target-x0 --seeds 1 2 3     # or all of them: --ablations
     python benchmarks/compare.py --tuning --algos ppo grpo --seeds 1              # the TRIALS of each, on tuning episodes
     python benchmarks/compare.py --algos stepnft ppo --ood 100                     # and each policy out of distribution
@@ -81,9 +81,11 @@ TRIALS = {
     "stepnft": ["", "--learning-rate 3e-5", "--update-epochs 4 --learning-rate 3e-5", "--noise-level 0.4"],
     "ppo": ["", "--learning-rate 1e-5 --noise-level 0.5", "--noise-level 0.5", "--noise-level 0.5 --no-bootstrap"],
     "grpo": ["", "--learning-rate 1e-4 --noise-level 0.5", "--noise-level 0.5", "--learning-rate 1e-4"],
-    "nft": [*(f"{extra} --weighting none" for extra in (
-        "", "--learning-rate 1e-4", "--learning-rate 1e-4 --labels binary", "--learning-rate 1e-4 --beta 0.1",
-        "--ema-start 0.9 --ema-end 0.9", "--draws 16", "--learning-rate 1e-5")), "", "--times solver"],
+    "nft": [f"--noise-level 0 --group-size 16 --labels {extra}" for extra in (
+        "group --learning-rate 3e-5 --weighting none", "group --weighting none", "binary --weighting none",
+        "group --weighting none --beta 0.1", "group --learning-rate 3e-5 --weighting none --ema-start 0.9 --ema-end 0.9",
+        "group --learning-rate 3e-5 --weighting none --draws 16", "group --learning-rate 1e-5 --weighting none",
+        "group --learning-rate 3e-5", "group --learning-rate 3e-5 --times solver")],
     "rft": [*(f"{extra} --replay 1" for extra in (
         "--learning-rate 1e-4", "--learning-rate 1e-4 --noise-level 0.3", "--noise-level 0.3",
         "--learning-rate 1e-4 --noise-level 0.3 --contrast --group-size 4", "", "--learning-rate 1e-5 --draws 16",
@@ -94,7 +96,7 @@ TRIALS = {
 trial of the first four had improved. The results of 0.1.0 were named by changes to the defaults of then."""
 TUNING = f"--iterations 40 --max-minutes 0 --eval-seed {envs.TUNING_SEED}"
 
-OTHERS = {"nft-predicted": ("nft", "--labels predicted --group-size 1 --noise-level 0.7 --learning-rate 1e-4")}
+OTHERS = {"nft-paper": ("nft", "--labels group --group-size 16 --noise-level 0 --learning-rate 3e-5")}
 """What --algos takes beside the names of files: an algorithm under settings that are not its defaults."""
 
 EQUAL = ("checkpoint", "iterations", "max_minutes", "num_envs", "rollout_epochs", "rollout_steps", "execute", "eval_every",
@@ -112,8 +114,8 @@ PAGE = "docs/notebook/comparison.md"
 @dataclass
 class Args:
     algos: list[str] = field(default_factory=list)
-    """algorithms to run, for π0 by their names, stepnft ppo …, for π0.5 as stepnft-pi05 ppo-pi05 …; nft-predicted:
-    DiffusionNFT with predicted labels and noise"""
+    """algorithms to run, for π0 by their names, stepnft ppo …, for π0.5 as stepnft-pi05 ppo-pi05 …; nft-paper:
+    DiffusionNFT by the paper's labels, without noise"""
     tasks: list[str] = field(default_factory=lambda: ["PickCube-v1"])
     """tasks to run them on"""
     obs_mode: Literal["rgb", "state"] = "state"

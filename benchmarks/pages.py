@@ -228,13 +228,15 @@ TABLES: dict[str, Callable[[Path], str]] = {
         ("0.1.0: PickCube-v1, state, 120 iterations", "0.1/grpo-PickCube-v1-state-*.json"),
     ], ("seeds", *HEADLINE)),
     "nft": Runs(("task",), [
-        ("0.1.0: PickCube-v1, state, 120 iterations", "0.1/nft-PickCube-v1-state-*.json"),
-        ("PickCube-v1, state, 60 iterations, predicted labels, noise", "nft-predicted-60-PickCube-v1-state-*.json"),
+        ("PickCube-v1, state, 60 iterations", "nft-60-PickCube-v1-state-*.json"),
+        ("0.1.0, the paper's settings: PickCube-v1, state, 120 iterations", "0.1/nft-PickCube-v1-state-*.json"),
     ], ("seeds", *HEADLINE, "after θ_old, %")),
     "rft": Runs(("task",), [
-        ("PickCube-v1, state", "0.1/rft-PickCube-v1-state-*.json"),
-        ("PickCube-v1, state, `--replay 1`, one seed", "0.1/rft-replay-1-PickCube-v1-state-*.json"),
-    ]),
+        ("PickCube-v1, state, 60 iterations", "rft-60-PickCube-v1-state-*.json"),
+        ("0.1.0: PickCube-v1, state, 120 iterations", "0.1/rft-PickCube-v1-state-*.json"),
+        ("0.1.0: PickCube-v1, state, `--replay 1`, 120 iterations", "0.1/rft-replay-1-PickCube-v1-state-*.json"),
+    ], ("seeds", *HEADLINE)),
+    "critic": Runs(("task",), [("PickCube-v1, state, 60 iterations", "critic-60-PickCube-v1-state-*.json")], ("seeds", *HEADLINE)),
     "shipped": Runs(("policy",), [
         ("`pi0-tiny-pickcube-rgb`", "stepnft-PickCube-v1-rgb-*.json"),
         ("`pi0-tiny-pickcube-state`", "stepnft-PickCube-v1-state-*.json"),

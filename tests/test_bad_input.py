@@ -157,7 +157,7 @@ TOGETHER = [
     ("ppo", "--noise-min 0.2 --noise-max 0.1", "--noise-max 0.1 must not be less than --noise-min 0.2"),
     ("ppo", "--entropy-coef 0.1", "--entropy-coef has nothing to raise where the noise is given: add --noise learned"),
     ("grpo", "--group-size 1", "--group-size 1 leaves nothing to compare"),
-    ("nft", "--group-size 1", "--labels group compares episodes"),
+    ("nft", "--labels group --group-size 1", "--labels group compares episodes"),
     ("rft", "--contrast", "--contrast compares episodes"),
     ("critic", "--critic-warmup 5 --iterations 3", "--critic-warmup 5 is longer than --iterations 3"),
     ("sft", "--execute 9", "--execute 9 is longer than the chunks of --horizon 4 actions"),

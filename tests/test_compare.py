@@ -145,9 +145,9 @@ def test_runs_of_so_many_iterations_are_named_by_them(root):
 
 def test_an_algorithm_under_other_settings_has_a_name_of_its_own(root):
     shutil.copy(root / "algos" / "fake.py", root / "algos" / "nft.py")
-    (job,) = compare.plan(compare.Args(["nft-predicted"], iterations=60))
-    assert job.name == "nft-predicted-60-PickCube-v1-state-1"
-    settings = compare.OTHERS["nft-predicted"][1] + " --iterations 60 --max-minutes 0"
+    (job,) = compare.plan(compare.Args(["nft-paper"], iterations=60))
+    assert job.name == "nft-paper-60-PickCube-v1-state-1"
+    settings = compare.OTHERS["nft-paper"][1] + " --iterations 60 --max-minutes 0"
     assert job.command == f"python algos/nft.py --env-id PickCube-v1 --obs-mode state --seed 1 {settings}"
 
 
@@ -179,7 +179,7 @@ def test_tuning_gives_every_algorithm_its_trials_on_other_episodes(root, monkeyp
         (compare.Args(ablations=["loss-typo"]), "no ablation stepnft-loss-typo"),
         (compare.Args(["fake"], tuning=True, ablations=[]), "--tuning"),
         (compare.Args(["fake"], tuning=True), "no TRIALS for fake"),
-        (compare.Args(["nft-predicted"], tuning=True), "no TRIALS for nft-predicted"),
+        (compare.Args(["nft-paper"], tuning=True), "no TRIALS for nft-paper"),
     ],
 )
 def test_unknown_names_end_in_one_line(root, args, message):

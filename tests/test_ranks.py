@@ -203,7 +203,7 @@ CASES = {
     "stepnft": (stepnft_pi0, dict(group_size=4)),
     "stepnft --labels predicted": (stepnft_pi0, dict(labels="predicted", group_size=1)),
     "stepnft --fsdp": (stepnft_pi0, dict(group_size=4, train="all", micro_batch=8)),
-    "nft --fsdp": (nft, dict(group_size=4, train="all")),
+    "nft --fsdp": (nft, dict(labels="group", noise_level=0.0, group_size=4, train="all")),
     "ppo": (ppo, dict(critic_warmup=0, update_epochs=1, rollout_epochs=5)),
     "grpo": (grpo, dict(group_size=4)),
     "critic": (critic, dict(critic_warmup=0, replay=1, rollout_epochs=4)),

@@ -370,6 +370,10 @@ def draw_lots():
         yield
 
 
+GROUPS = {"nft": ("--labels", "group", "--noise-level", 0)}
+"""What makes an algorithm one that compares episodes from one initial state, where that is not its default."""
+
+
 def start(cwd, name: str, *arguments):
     """A short run of an algorithm in `cwd`; returns its folder."""
     cwd.mkdir()
@@ -382,12 +386,12 @@ def straight(checkpoints, tmp_path_factory):  # noqa: F811
     """Two uninterrupted iterations of each algorithm: name -> run folder."""
     folder, arguments = tmp_path_factory.mktemp("straight"), ["--checkpoint", checkpoints["state"], "--iterations", 2]
     with lots():
-        return {name: start(folder / name, name, *arguments) for name in MODULES}
+        return {name: start(folder / name, name, *arguments, *GROUPS.get(name, ())) for name in MODULES}
 
 
 @pytest.mark.parametrize("name", ["grpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("nft", "rft"))])
 def test_a_run_is_resumed_as_if_never_stopped(name, straight, checkpoints, draw_lots, tmp_path):  # noqa: F811
-    whole, one = straight[name], ["--iterations", 1]
+    whole, one = straight[name], ["--iterations", 1, *GROUPS.get(name, ())]
     arguments = [name, "--checkpoint", checkpoints["state"], *one]
     parts = start(tmp_path / "parts", *arguments)
     assert parts.name.startswith(f"{name}-PickCube-v1-state-1-")
@@ -501,7 +505,7 @@ def test_rft_replays_successes_of_earlier_iterations_where_told_to(replay, check
 ])
 def test_every_switch_changes_what_it_says(name, options, tag, straight, checkpoints, draw_lots, tmp_path):  # noqa: F811
     before = scalars(straight[name])[tag][1]
-    options = ["--checkpoint", checkpoints["state"], "--iterations", 1, *options.split()]
+    options = ["--checkpoint", checkpoints["state"], "--iterations", 1, *options.split(), *GROUPS.get(name, ())]
     after = scalars(start(tmp_path / "run", name, *options))[tag][1]
     if tag == "losses/clip_fraction":
         assert before == 0 and after > 0.4  # all of the second pass
