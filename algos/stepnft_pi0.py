@@ -230,10 +230,10 @@ def stepnft_loss(
     kwargs = dict(num_steps=num_steps, noise_level=noise_level)
     mean_plus, std = flow_sde_step(x_t, v_old + beta * dv, step, **kwargs)
     mean_minus, _ = flow_sde_step(x_t, v_old - beta * dv, step, **kwargs)
-    variance = std**2 + std_eps
-    apart = (weight * (mean_plus - mean_minus).detach() ** 2 / variance).sum()
+    apart = mean_plus - mean_minus
     if target == "x0":
         mean_plus, mean_minus = (x_t - (1 - step / num_steps).view(-1, 1, 1) * (v_old + sign * beta * dv) for sign in (1, -1))
+    variance = std**2 + std_eps
     energy_plus = (weight * (x_next - mean_plus) ** 2 / variance).sum(-1)  # (B, H)
     energy_minus = (weight * (x_next - mean_minus) ** 2 / variance).sum(-1)
     y = {"positive": labels.clamp(min=0), "negative": labels.clamp(max=0)}.get(loss, labels).view(-1, 1)
@@ -251,7 +251,7 @@ def stepnft_loss(
         positions, ranked = weight.amax(-1, keepdim=True), counted * (y != 0)
         metrics = dict(
             ranking=ranking.detach(),
-            divergence=apart / (8 * beta**2 * len(x_t)),
+            divergence=(weight * apart**2 / variance).sum() / (8 * beta**2 * len(x_t)),
             pref_acc=((margin < 0) * ranked).sum() / ranked.sum().clamp(min=1),
             drift=(norm * positions).sum() / positions.sum(),
             drift_limited=((norm > max_drift) * positions).sum() / positions.sum(),

@@ -10,7 +10,7 @@ import yaml
 from pi_stepnft.algos import stepnft_pi0 as program
 
 FOLDER = Path(__file__).resolve().parents[1] / "pi_stepnft" / "rlinf"
-GROUPS = program.Args(env_id="PickCube-v1", labels="group", group_size=16, noise_level=0.7)  # a predictor is not offered there
+GROUPS = program.Args(labels="group", group_size=16, noise_level=0.7, rollout_steps=32)  # a predictor is not offered there
 SETTINGS = {"cpu": (1, vars(GROUPS)), "gpus": (8, program.PAPER["maniskill"]), "nodes": (32, program.PAPER["libero"])}
 
 
