@@ -9,6 +9,7 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
+import os
 import sys
 import time
 from collections import Counter
@@ -331,8 +332,8 @@ def main(args: Args) -> None:
                 venv = venv or open_environments(name)
                 path, settings = stored(c, name)
                 data = play(venv, c, episodes, args.eval_seed, bar) | dict(settings=settings)
-                np.savez_compressed(path.with_suffix(".tmp.npz"), **data)
-                path.with_suffix(".tmp.npz").replace(path)  # what is there is whole
+                np.savez_compressed(temporary := path.with_suffix(f".{os.getpid()}.tmp.npz"), **data)
+                temporary.replace(path)  # what is there is whole, whoever else evaluates the same
             played[c.label] = data
             results[c.label] = Evaluation(data["success"], data["steps"], args.eval_seed + np.arange(episodes))
         for label, result in results.items():

@@ -1,8 +1,8 @@
 # Docs: docs/nft.md. RL without a likelihood: python algos/nft.py --env-id PickCube-v1 (π0.5: --policy pi05)
-"""DiffusionNFT (arXiv 2509.16117v2) for π0 and π0.5: ODE rollouts, flow matching at fresh noise on the executed chunks, by an
-implicit positive and an implicit negative policy weighted by success, a slowly moving rollout policy. Past the paper, by default:
-noise on solver steps, and labels of a success predictor, which do not tell from what state a chunk was executed. The paper's, which
-stand still here: --labels group --group-size 16 --noise-level 0 --learning-rate 3e-5."""
+"""DiffusionNFT (arXiv 2509.16117v2) for π0 and π0.5: flow matching at fresh noise on the executed chunks, by an implicit positive
+and an implicit negative policy weighted by success, and a slowly moving rollout policy. Past the paper, by default: rollouts have
+noise on the solver's steps, and labels come from a success predictor, and so do not tell from what state a chunk was executed. The
+paper's settings, --labels group --group-size 16 --noise-level 0 --learning-rate 3e-5, stand still here."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class Args(harness.RLArgs):
     noise_success: Share = 0.8
     """--noise-level auto: successes of exploring episodes for each success without that noise"""
     plain_every: Annotated[int, Field(ge=2)] = 8
-    """--noise-level auto: one of so many episodes (groups; at least one) goes without, to compare with, and is not learned from"""
+    """--noise-level auto: one of so many episodes, or groups, has no such noise: to compare with, and not to learn from"""
     noise_gain: Positive = 0.25
     """--noise-level auto: by how much of what the ratio is off the level's logarithm moves in an iteration"""
     noise_memory: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -381,7 +381,7 @@ def main(args: Args) -> None:
     mask = run.mask if args.mask_padding else torch.ones_like(run.mask)
     run.make_envs(policy)
     E, G = args.num_envs * args.rollout_epochs, args.group_size
-    every = max(2, min(args.plain_every, E // G))
+    every = max(2, min(args.plain_every, E // G))  # one of so many groups goes without noise on its steps
     # What is steered, noise level and learning rate's scale; sums of exploring and plain episodes' success, and their weight
     first_level = args.noise_start if args.noise_level == "auto" else args.noise_level
     steered = level, scale, successes = torch.tensor(first_level), torch.ones(()), torch.zeros(3)
@@ -394,7 +394,7 @@ def main(args: Args) -> None:
         batches, prefixes = [], run.prefixes()
         rollout = run.rollout(run.rng.integers(envs.TRAIN_SEEDS, size=E // G).repeat(G))  # G episodes from each initial state
         group = np.arange(len(rollout.seeds)) // G  # (E,), this rank's
-        plain = (rollout.among_all // G % every == every - 1) & (args.noise_level == "auto")  # (E,) the steps have no noise
+        plain = (rollout.among_all // G % every == every - 1) & (args.noise_level == "auto")  # (E,) those groups
         levels = torch.from_numpy(np.where(plain, 0, float(level))).float().to(device)[:, None, None]
         with run.acting(rollout_policy) as acting:
             for turn in rollout:  # the next chunk of the episodes that are still running

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -119,7 +120,7 @@ def write(
     films += films[-1:] * math.ceil(1.5 * fps)  # time to read the outcomes
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp.mp4")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp.mp4")
     iio.imwrite(temporary, np.stack(films), fps=fps, codec="libx264", quality=None, macro_block_size=2,
                 output_params=["-crf", str(crf), "-movflags", "+faststart"])
     temporary.replace(path)  # a film that is there is whole
